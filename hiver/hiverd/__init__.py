@@ -1,0 +1,1 @@
+"""The Hiver server: sandboxes for untrusted code behind one HTTP port."""
