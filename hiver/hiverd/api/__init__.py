@@ -1,0 +1,1 @@
+"""The HTTP API: Litestar controllers, error mapping, both route families."""

@@ -1,0 +1,95 @@
+"""Routes of one running sandbox besides files: ping, ports, info, config, snapshot (PROTOCOL 3.6 to 3.9, 3.15)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from litestar import Controller, Request, Response, get, post, put
+from litestar.types import ASGIApp
+
+from hiverd.api.documents import describe, json_body
+from hiverd.api.front import family_of
+from hiverd.api.streams import HeldJson
+from hiverd.contracts.errors import NotFoundError, UnavailableError, UnsupportedError
+from hiverd.contracts.isolation import Isolation
+from hiverd.sandboxes.apply import ConfigApplier
+from hiverd.sandboxes.manager import Manager
+from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.wire.answers import ApplyResult, SandboxInfo
+from hiverd.wire.config import SandboxConfig, config_to_wire, decode_config, validate_config, with_defaults
+from hiverd.wire.requests import SnapshotRequest, decode_snapshot
+
+
+def provide_any_sandbox(sandbox_ref: str, key: str, manager: Manager) -> Sandbox:
+    """The sandbox in the path, in whatever state; a sign of life (PROTOCOL 8)."""
+    sandbox = manager.by_id(sandbox_ref)
+    if sandbox is None or sandbox.key != key:
+        raise NotFoundError(f'no sandbox "{key}" is known here')
+    sandbox.touch()
+    return sandbox
+
+
+def provide_sandbox(any_sandbox: Sandbox) -> Sandbox:
+    """The sandbox in the path, running."""
+    if not any_sandbox.ready:
+        raise UnavailableError(f'sandbox "{any_sandbox.key}" is {any_sandbox.status}, not running')
+    return any_sandbox
+
+
+class RunningController(Controller):
+    path = "/sandbox/{sandbox_ref:str}/v1/{key:str}"
+    tags = ["sandbox"]
+
+    @get("/ping", summary="Keep the sandbox alive", responses=describe({200: "It is ready"}))
+    async def ping(self, any_sandbox: Sandbox, block: bool = False) -> Response[None]:
+        """503 while it starts; `block=true` waits until it is ready."""
+        if not any_sandbox.ready and block and any_sandbox.status == "starting":
+            await asyncio.shield(any_sandbox.created)
+        if not any_sandbox.ready:
+            raise UnavailableError("sandbox not ready")
+        return Response(None, status_code=200, media_type="text/plain")
+
+    @get("/ports", summary="TCP ports: declared by the image, or listened on", responses=describe())
+    async def ports(self, sandbox: Sandbox) -> list[int]:
+        declared = sandbox.spec.image.exposed_ports if sandbox.spec is not None else ()
+        return sorted({*declared, *await sandbox.workload.listening_ports()})
+
+    @get("/info", summary="The kind of isolation", responses=describe())
+    async def info(self, sandbox: Sandbox, isolation: Isolation) -> SandboxInfo:
+        return SandboxInfo(isolation.kind)
+
+    @get("/config", summary="The configuration in force", responses=describe())
+    async def config(self, request: Request[Any, Any, Any], sandbox: Sandbox) -> dict[str, Any]:
+        return config_to_wire(sandbox.config, family=family_of(request.scope))
+
+    @put(
+        "/config",
+        summary="Apply a configuration",
+        operation_class=json_body(SandboxConfig),
+        responses=describe({200: "Applied, or rolled back with `error`", 409: "Another apply is in progress"}),
+    )
+    async def apply(
+        self, request: Request[Any, Any, Any], any_sandbox: Sandbox, applier: ConfigApplier
+    ) -> ApplyResult:
+        """All or nothing: when the answer says `applied`, it is in force."""
+        desired = with_defaults(decode_config(await request.body()))
+        validate_config(desired)
+        family = family_of(request.scope)
+        outcome = await applier.apply(any_sandbox, desired, family)
+        return ApplyResult(
+            applied=outcome.error is None,
+            config=config_to_wire(outcome.config, family=family),
+            changes=outcome.changes,
+            error=outcome.error,
+        )
+
+    @post("/snapshot", summary="Capture a snapshot", operation_class=json_body(SnapshotRequest), responses=describe())
+    async def snapshot(self, request: Request[Any, Any, Any], sandbox: Sandbox) -> ASGIApp:
+        decoded = decode_snapshot(await request.body())
+
+        async def work() -> None:
+            part = "vm" if decoded.files is None else "files"
+            raise UnsupportedError("snapshots are not supported by this server yet", field=part)
+
+        return HeldJson(work(), cancel_on_disconnect=False, name=f"snapshot-{sandbox.key}")

@@ -1,0 +1,152 @@
+"""Create, list, lifecycle stream, shutdown: what is not addressed to one running sandbox (PROTOCOL 3.1 to 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from litestar import Controller, Request, Response, delete, get, post, put
+from litestar.openapi.spec import Operation
+from litestar.status_codes import HTTP_200_OK, HTTP_204_NO_CONTENT
+from litestar.types import ASGIApp
+
+from hiverd.api.documents import describe, json_body
+from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream, HeldJson
+from hiverd.contracts.errors import InvalidError, NotFoundError
+from hiverd.sandboxes.manager import Manager
+from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.wire.answers import LifecycleEvent, PodInfo, PodSandbox, SandboxRef
+from hiverd.wire.config import SandboxConfig, decode_config, validate_config, with_defaults
+from hiverd.wire.keys import check_key
+
+
+def requested_config(raw: bytes, image_header: str | None, planner: MountPlanner) -> SandboxConfig:
+    """A create's configuration: checked, defaults filled in, the image from the header if the body names none."""
+    config = decode_config(raw)
+    if config.image is None and image_header:
+        config = msgspec.structs.replace(config, image=image_header)
+    config = with_defaults(config)
+    validate_config(config)
+    planner.plan(config)
+    return config
+
+
+def reference(sandbox: Sandbox) -> SandboxRef:
+    return SandboxRef(sandbox.id, sandbox.key, sandbox.status)
+
+
+async def _create(request: Request[Any, Any, Any], key: str, manager: Manager, planner: MountPlanner) -> ASGIApp:
+    check_key(key)
+    raw = await request.body()
+    image = request.headers.get("x-hiver-image")
+    if image is not None and len(image) > 512:
+        raise InvalidError("x-hiver-image: must be at most 512 characters", field="x-hiver-image")
+    sandbox, created = await manager.get_or_create(key, lambda: requested_config(raw, image, planner))
+    response: Response[SandboxRef] = Response(
+        reference(sandbox),
+        status_code=201 if created else 200,
+        headers={"x-hiver-sandbox-id": sandbox.id, "x-hiver-sandbox-key": sandbox.key},
+    )
+    return response.to_asgi_response(app=None, request=request)
+
+
+class CreateController(Controller):
+    tags = ["sandboxes"]
+
+    @post(
+        "/v1/sandboxes/{key:str}",
+        operation_class=json_body(SandboxConfig),
+        responses=describe({200: "The sandbox existed", 201: "It was created and runs", 409: "Shut down meanwhile"}),
+        summary="Get or create a sandbox",
+    )
+    async def create(
+        self, request: Request[Any, Any, Any], key: str, manager: Manager, planner: MountPlanner
+    ) -> ASGIApp:
+        """Clients from 0.1.20 on. Answers once the sandbox is ready."""
+        return await _create(request, key, manager, planner)
+
+    @put(
+        "/controller/v1/sandboxes/{key:str}",
+        operation_class=json_body(SandboxConfig),
+        responses=describe({200: "The sandbox existed", 201: "It was created and runs", 409: "Shut down meanwhile"}),
+        summary="Get or create a sandbox (clients up to 0.1.18)",
+    )
+    async def create_old(
+        self, request: Request[Any, Any, Any], key: str, manager: Manager, planner: MountPlanner
+    ) -> ASGIApp:
+        return await _create(request, key, manager, planner)
+
+
+class ControllerRoutes(Controller):
+    path = "/controller/v1"
+    tags = ["sandboxes"]
+
+    @get("/sandboxes", summary="List all sandboxes")
+    async def list_sandboxes(self, manager: Manager) -> list[SandboxRef]:
+        return [reference(sandbox) for sandbox in manager.all()]
+
+    @get("/sandboxes/events", summary="Stream lifecycle changes of all sandboxes", operation_class=Operation)
+    async def watch(self, manager: Manager) -> ASGIApp:
+        return EventStream(_lifecycle_frames(manager))
+
+    @post("/shutdown/{key:str}", status_code=HTTP_204_NO_CONTENT, summary="Shut a sandbox down (clients up to 0.1.18)")
+    async def shutdown_old(self, key: str, manager: Manager) -> None:
+        """Answers when the sandbox is gone."""
+        sandbox = manager.by_key(key)
+        if sandbox is None:
+            raise NotFoundError(f'no sandbox "{key}" is known here')
+        await manager.shutdown(sandbox)
+
+
+async def _lifecycle_frames(manager: Manager) -> AsyncGenerator[bytes, None]:
+    async for event in manager.lifecycle.subscribe(manager.running_now(), SSE_HEARTBEAT_SECONDS):
+        yield SSE_COMMENT if event is None else b"data: %s\n\n" % msgspec.json.encode(event)
+
+
+class PodController(Controller):
+    """One sandbox per id here, so the "pod" of an id holds exactly one key (PROTOCOL 3.4)."""
+
+    path = "/sandbox/{sandbox_ref:str}/v1"
+    tags = ["sandboxes"]
+
+    @get("/", summary="The sandboxes under an id")
+    async def show(self, sandbox_ref: str, manager: Manager) -> PodInfo:
+        sandbox = _by_id(manager, sandbox_ref)
+        return PodInfo((PodSandbox(sandbox.key, sandbox.ready, sandbox.status),))
+
+    @get("/events", summary="Stream lifecycle changes under an id")
+    async def events(self, sandbox_ref: str, manager: Manager) -> ASGIApp:
+        return EventStream(_pod_frames(manager, _by_id(manager, sandbox_ref)))
+
+    @delete("/{key:str}", status_code=HTTP_200_OK, summary="Shut a sandbox down")
+    async def shutdown(self, sandbox_ref: str, key: str, manager: Manager) -> ASGIApp:
+        """204 when it is gone within a second; else 200, held open, with the key in the body when it is."""
+        sandbox = _by_id(manager, sandbox_ref)
+        if sandbox.key != key:
+            raise NotFoundError(f'no sandbox "{key}" is known here')
+
+        async def work() -> dict[str, str]:
+            await manager.shutdown(sandbox)
+            return {"id": sandbox.id, "key": sandbox.key, "status": "destroyed"}
+
+        return HeldJson(work(), prompt_status=204, cancel_on_disconnect=False, name=f"delete-{key}")
+
+
+async def _pod_frames(manager: Manager, sandbox: Sandbox) -> AsyncGenerator[bytes, None]:
+    now = [LifecycleEvent(sandbox.id, sandbox.key, "start")] if sandbox.status == "running" else []
+    async for event in manager.lifecycle.subscribe(now, SSE_HEARTBEAT_SECONDS):
+        if event is None:
+            yield SSE_COMMENT
+        elif event.id == sandbox.id:
+            yield b"data: %s\n\n" % msgspec.json.encode(event)
+            if event.status == "destroy":
+                return
+
+
+def _by_id(manager: Manager, sandbox_id: str) -> Sandbox:
+    sandbox = manager.by_id(sandbox_id)
+    if sandbox is None:
+        raise NotFoundError(f'no sandbox "{sandbox_id}" is known here')
+    return sandbox

@@ -1,0 +1,1 @@
+"""Files of a sandbox: volumes on bounded disk, the file API, mounts."""

@@ -1,0 +1,1 @@
+"""Forwarding of HTTP, SSE and WebSocket requests to ports inside a sandbox."""

@@ -1,0 +1,105 @@
+"""What a proxy does to header fields (RFC 9110 7.6, PROTOCOL 3.13). Pure functions over ASGI header lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Final
+
+from hiverd.gateway.http1 import Headers, connection_tokens
+
+HOP_BY_HOP: Final = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",  # trailers are not relayed: ASGI servers cannot send them
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+_REBUILT: Final = HOP_BY_HOP | {b"host", b"content-length", b"x-forwarded-for"}
+_MAX_CACHED_NAME_BYTES: Final = 64
+
+
+def end_to_end(headers: Headers) -> Headers:
+    """The fields that are meant for the other end, in order, repeated ones included."""
+    dropped = HOP_BY_HOP
+    for name, _ in headers:
+        if name == b"connection":
+            dropped = HOP_BY_HOP | connection_tokens(headers)
+            break
+    return [field for field in headers if field[0] not in dropped]
+
+
+def forwarded(headers: Headers, client_host: str | None, scheme: str) -> Headers:
+    """The end-to-end fields of a request to send on, without Host and framing, with X-Forwarded-* in place.
+
+    `X-Forwarded-For` gets the client's address appended. Host and Proto are kept if a proxy before us set them.
+    """
+    dropped = _REBUILT
+    seen_for: list[bytes] = []
+    host = forwarded_host = forwarded_proto = None
+    for name, value in headers:
+        if name == b"connection":
+            dropped = _REBUILT | connection_tokens(headers)
+        elif name == b"host":
+            host = value
+        elif name == b"x-forwarded-for":
+            seen_for.append(value)
+        elif name == b"x-forwarded-host":
+            forwarded_host = value
+        elif name == b"x-forwarded-proto":
+            forwarded_proto = value
+    kept = [field for field in headers if field[0] not in dropped]
+    if client_host:
+        seen_for.append(client_host.encode("ascii", "replace"))
+    if seen_for:
+        kept.append((b"x-forwarded-for", b", ".join(seen_for)))
+    if forwarded_host is None and host is not None:
+        kept.append((b"x-forwarded-host", host))
+    if forwarded_proto is None:
+        kept.append((b"x-forwarded-proto", scheme.encode("ascii", "replace")))
+    return kept
+
+
+def field_block(headers: Headers) -> bytes:
+    """Field lines ready to send, names in their usual spelling. Raises `ValueError` if a field would break out of its line."""
+    block = b"".join([b"%b: %b\r\n" % (canonical(name), value) for name, value in headers])
+    count = len(headers)
+    if block.count(b"\n") != count or block.count(b"\r") != count or b"\0" in block:
+        raise ValueError("a header field holds a line break or NUL")
+    return block
+
+
+def joined(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Headers as events carry them (PROTOCOL 5.9): canonical name -> all values joined with `, `."""
+    result: dict[str, str] = {}
+    for name, value in headers:
+        key = canonical_text(name)
+        text = value.decode("utf-8", "replace")
+        known = result.get(key)
+        result[key] = text if known is None else f"{known}, {text}"
+    return result
+
+
+def canonical(name: bytes) -> bytes:
+    """`content-type` -> `Content-Type`."""
+    return _canonical(name) if len(name) <= _MAX_CACHED_NAME_BYTES else name.title()
+
+
+def canonical_text(name: bytes) -> str:
+    return _canonical_text(name) if len(name) <= _MAX_CACHED_NAME_BYTES else name.title().decode("latin-1")
+
+
+@lru_cache(maxsize=1024)
+def _canonical(name: bytes) -> bytes:
+    return b"-".join([part.capitalize() for part in name.split(b"-")])
+
+
+@lru_cache(maxsize=1024)
+def _canonical_text(name: bytes) -> str:
+    return _canonical(name).decode("latin-1")

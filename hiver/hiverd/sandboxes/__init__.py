@@ -1,0 +1,1 @@
+"""Lifecycle of sandboxes: create, adopt, apply, exec, reap, sweep."""

@@ -1,0 +1,97 @@
+"""From a configuration and an image to what an isolation plug-in must build."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from hiverd.contracts.isolation import Image, Mount, WorkloadSpec
+from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.wire.config import (
+    SandboxConfig,
+    effective_cpu,
+    effective_entrypoint,
+    effective_extra_hosts,
+    effective_image,
+    effective_memory_bytes,
+)
+
+HOST_GATEWAY_ADDRESS: Final = "11.0.0.2"
+"""What `host-gateway` in `extra_hosts` becomes inside: an address that only the egress proxy knows (PROTOCOL 5.7 gives
+every other name 11.0.0.1)."""
+HOSTNAME_MAX: Final = 63
+
+
+class SpecDefaults(Struct, frozen=True):
+    """What the operator gives to a configuration that does not say."""
+
+    image: str
+    cpu: float
+    memory_mib: int
+    pids_max: int
+
+
+class SpecBuilder:
+    def __init__(self, defaults: SpecDefaults, mounts: MountPlanner) -> None:
+        self._defaults = defaults
+        self._mounts = mounts
+
+    def image_name(self, config: SandboxConfig) -> str:
+        """The image in effect: the client's default name stands for the configured default (PROTOCOL 0.19)."""
+        return effective_image(config, None, self._defaults.image)
+
+    async def build(self, sandbox: Sandbox, image: Image, volume: Path) -> WorkloadSpec:
+        config = sandbox.config
+        mounts = [
+            await asyncio.to_thread(self._mounts.prepare, planned, volume) for planned in self._mounts.plan(config)
+        ]
+        argv = effective_argv(config, image)
+        tty = config.tty if isinstance(config.tty, bool) else image.tty
+        return WorkloadSpec(
+            sandbox_id=sandbox.id,
+            key=sandbox.key,
+            slot=sandbox.slot,
+            image=image,
+            volume=volume,
+            hostname=hostname_of(sandbox.key),
+            cpu=effective_cpu(config, self._defaults.cpu),
+            memory_bytes=effective_memory_bytes(config, self._defaults.memory_mib),
+            pids_max=self._defaults.pids_max,
+            argv=argv,
+            tty=tty and not is_keep_alive(argv),
+            cwd=config.cwd or image.cwd or "/",
+            env={**image.env, **(config.env or {})},
+            extra_hosts=tuple((name, _address(address)) for name, address in effective_extra_hosts(config)),
+            mounts=tuple(mounts),
+        )
+
+
+
+def effective_argv(config: SandboxConfig, image: Image) -> tuple[str, ...]:
+    """The configured entrypoint, which also clears the image's CMD; else the image's own (PROTOCOL 4.1)."""
+    configured = effective_entrypoint(config)
+    if configured is not None:
+        return configured
+    return (*image.entrypoint, *image.cmd)
+
+
+def is_keep_alive(argv: tuple[str, ...]) -> bool:
+    """An entrypoint that only keeps the sandbox alive gets no terminal (PROTOCOL 3.12)."""
+    if not argv or argv[0].rsplit("/", 1)[-1] == "tail":
+        return True
+    shell = argv[0].rsplit("/", 1)[-1] in {"sh", "bash", "dash", "ash"}
+    return shell and "-c" in argv[1:2] and len(argv) > 2 and argv[2].rstrip("; ").endswith("tail -f /dev/null")
+
+
+def hostname_of(key: str) -> str:
+    """A host name from a sandbox key: RFC 1123 letters, no dot or hyphen at an end."""
+    name = key.replace("_", "-").replace(".", "-").strip("-")[:HOSTNAME_MAX].rstrip("-")
+    return name.lower() or "sandbox"
+
+
+def _address(address: str) -> str:
+    return HOST_GATEWAY_ADDRESS if address == "host-gateway" else address.strip("[]")

@@ -1,0 +1,1 @@
+"""SQLite state: one writer, numbered migrations, the sandbox records and the event journal."""

@@ -1,0 +1,255 @@
+"""The event journal: every event of every sandbox, durable before anybody sees it.
+
+`emit` assigns the id and queues; one writer task commits what is queued in a single transaction and only then wakes
+the readers. So an id that a client has seen is never given out again, not even after `kill -9`, and a reader of any
+speed misses nothing that is still kept: readers hold a position, not a buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import msgspec
+
+from hiverd.clock import Clock, rfc3339
+from hiverd.state.database import Database
+from hiverd.wire.sse import to_ascii
+from hiverd.wire.events import SILENT_TYPES, Event, EventSink, type_of
+
+log = logging.getLogger(__name__)
+
+PENDING_HIGH_BYTES: Final = 8 << 20
+PAGE_ROWS: Final = 64
+TRIM_SLACK: Final = 256
+"""Rows over the bound before the oldest are deleted: one DELETE per so many events."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Journal:
+    """Owns the writer task. One per server."""
+
+    def __init__(self, database: Database, clock: Clock, *, max_count: int, max_bytes: int) -> None:
+        self._database = database
+        self._clock = clock
+        self.max_count = max_count
+        self.max_bytes = max_bytes
+        self._pending: list[tuple[SandboxEvents, int, bytes]] = []
+        self._pending_bytes = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._positions: dict[str, str] = {}
+        self._appended = 0
+        self._stored = 0
+        self._progress = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._write_loop(), name="journal-writer")
+
+    async def close(self) -> None:
+        """Writes what is queued, then stops."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+
+    def open(self, sandbox_id: str, *, last_id: int, types: frozenset[str] | None) -> SandboxEvents:
+        """The stream of one sandbox. `types` None: every type is observed."""
+        return SandboxEvents(self, self._database, sandbox_id, last_id, types)
+
+    async def flushed(self) -> None:
+        """Waits until everything emitted before this call is stored."""
+        ticket = self._appended
+        while self._stored < ticket and not self._closing:
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def room(self) -> None:
+        """Waits while too much is queued: for producers that a workload can drive."""
+        await self._room.wait()
+
+    def append(self, events: SandboxEvents, event_id: int, event: Event) -> None:
+        body = encode_event(event, event_id, self._clock.wall())
+        self._pending.append((events, event_id, body))
+        self._appended += 1
+        self._pending_bytes += len(body)
+        if self._pending_bytes > PENDING_HIGH_BYTES:
+            self._room.clear()
+        self._wake.set()
+
+    def set_log_position(self, sandbox_id: str, position: str) -> None:
+        """Stores how far the entrypoint's output is recorded, in the same transaction as those events."""
+        self._positions[sandbox_id] = position
+        self._wake.set()
+
+    async def _write_loop(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._pending or self._positions:
+                await self._write_batch()
+            elif self._closing:
+                return
+            if self._closing:
+                self._wake.set()
+
+    async def _write_batch(self) -> None:
+        batch, self._pending = self._pending, []
+        positions, self._positions = self._positions, {}
+        self._pending_bytes = 0
+        self._room.set()
+        live = [(events, event_id, body) for events, event_id, body in batch if not events.closed]
+        last_ids = {events: event_id for events, event_id, _ in live}
+        try:
+            async with self._database.transaction() as connection:
+                await connection.executemany(
+                    "INSERT INTO events (sandbox_id, id, body) SELECT ?1, ?2, ?3"
+                    " WHERE EXISTS (SELECT 1 FROM sandboxes WHERE id = ?1)",
+                    [(events.sandbox_id, event_id, body) for events, event_id, body in live],
+                )
+                await connection.executemany(
+                    "UPDATE sandboxes SET last_event_id = ? WHERE id = ?",
+                    [(event_id, events.sandbox_id) for events, event_id in last_ids.items()],
+                )
+                if positions:
+                    await connection.executemany(
+                        "UPDATE sandboxes SET log_position = ? WHERE id = ?",
+                        [(position, sandbox_id) for sandbox_id, position in positions.items()],
+                    )
+        except Exception:
+            # The batch is kept and tried again: a full disk must not lose the record of what happened.
+            log.exception("journal: could not write %d events, trying again", len(batch))
+            self._pending[:0] = batch
+            self._pending_bytes += sum(len(body) for _, _, body in batch)
+            if self._pending_bytes > PENDING_HIGH_BYTES:
+                self._room.clear()
+            self._positions = positions | self._positions
+            await asyncio.sleep(1.0)
+            self._wake.set()
+            return
+        self._stored += len(batch)
+        self._progress.set()
+        for events, _, body in live:
+            events.count_stored(len(body))
+        for events, event_id in last_ids.items():
+            events.committed(event_id)
+            await self._trim(events)
+
+    async def _trim(self, events: SandboxEvents) -> None:
+        if events.stored_count <= self.max_count + TRIM_SLACK and events.stored_bytes <= self.max_bytes:
+            return
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                "DELETE FROM events WHERE sandbox_id = ?1 AND id <= coalesce((SELECT max(id) FROM ("
+                " SELECT id, row_number() OVER newest AS n, sum(length(body)) OVER newest AS total"
+                " FROM events WHERE sandbox_id = ?1 WINDOW newest AS (ORDER BY id DESC)) WHERE n > ?2 OR total > ?3), 0)",
+                (events.sandbox_id, self.max_count, self.max_bytes // 2),
+            )
+            cursor = await connection.execute(
+                "SELECT count(*), coalesce(sum(length(body)), 0) FROM events WHERE sandbox_id = ?", (events.sandbox_id,)
+            )
+            row = await cursor.fetchone()
+        if row is not None:
+            events.stored_count, events.stored_bytes = int(row[0]), int(row[1])
+
+
+class SandboxEvents(EventSink):
+    """One sandbox's event stream: the sink that the server writes to and the positions that clients read from."""
+
+    def __init__(
+        self, journal: Journal, database: Database, sandbox_id: str, last_id: int, types: frozenset[str] | None
+    ) -> None:
+        self._journal = journal
+        self._database = database
+        self.sandbox_id = sandbox_id
+        self._last_id = last_id
+        self._committed_id = last_id
+        self._types = types
+        self._waiters: set[asyncio.Future[None]] = set()
+        self.closed = False
+        self.stored_count = journal.max_count if last_id else 0
+        self.stored_bytes = 0
+        self.on_activity: Callable[[], None] | None = None
+        """Called for each event that is a sign of life (PROTOCOL 8)."""
+
+    @property
+    def last_id(self) -> int:
+        return self._last_id
+
+    def set_filter(self, types: Iterable[str] | None) -> None:
+        """Installs the configuration's `events` filter; None observes everything."""
+        self._types = None if types is None else frozenset(types)
+
+    def wants(self, event_type: type[Event]) -> bool:
+        return not self.closed and (self._types is None or type_of(event_type) in self._types)
+
+    def emit(self, event: Event) -> int:
+        self._last_id += 1
+        kind = type_of(event)
+        if self.on_activity is not None and kind not in SILENT_TYPES:
+            self.on_activity()
+        if not self.closed and (self._types is None or kind in self._types):
+            self._journal.append(self, self._last_id, event)
+        return self._last_id
+
+    def set_log_position(self, position: str) -> None:
+        if not self.closed:
+            self._journal.set_log_position(self.sandbox_id, position)
+
+    def count_stored(self, size: int) -> None:
+        self.stored_count += 1
+        self.stored_bytes += size
+
+    def committed(self, event_id: int) -> None:
+        """Called by the writer: everything up to this id can be read."""
+        self._committed_id = max(self._committed_id, event_id)
+        self._release()
+
+    async def read_after(self, position: int) -> list[tuple[int, bytes]]:
+        """The next stored events behind a position, oldest first, at most a page; empty if there are none."""
+        rows = await self._database.fetch(
+            "SELECT id, body FROM events WHERE sandbox_id = ? AND id > ? ORDER BY id LIMIT ?",
+            (self.sandbox_id, position, PAGE_ROWS),
+        )
+        return [(row[0], row[1]) for row in rows]
+
+    async def wait_beyond(self, position: int, timeout_seconds: float) -> bool:
+        """Waits until something newer than `position` can be read. False on time-out or when the stream has closed."""
+        if self._committed_id > position:
+            return True
+        if self.closed:
+            return False
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait({waiter}, timeout=timeout_seconds)
+        finally:
+            self._waiters.discard(waiter)
+        return self._committed_id > position
+
+    async def flushed(self) -> None:
+        """Waits until everything emitted before this call can be read."""
+        await self._journal.flushed()
+
+    def close(self) -> None:
+        """Ends the stream for all readers: the sandbox is gone."""
+        self.closed = True
+        self._release()
+
+    def _release(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def encode_event(event: Event, event_id: int, wall_seconds: float) -> bytes:
+    """One line of ASCII JSON (PROTOCOL 2: the published client decodes each network chunk on its own)."""
+    body = _encode(event)
+    head = b'{"id":%d,"timestamp":"%s",' % (event_id, rfc3339(wall_seconds).encode())
+    return to_ascii(head + body[1:])

@@ -1,0 +1,1 @@
+"""Conformance suites that plug-ins must pass, ours and other people's."""

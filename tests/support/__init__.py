@@ -1,0 +1,1 @@
+"""What several kinds of tests share: a server in a process of its own, published clients, and leak checks."""

@@ -1,0 +1,122 @@
+"""Finds what a server left on the host: processes, mounts, namespaces, cgroups, loop devices, interfaces.
+
+Everything of one server bears a mark: its data folder, its instance name, or a sandbox's id. So a check can be made
+while other servers run on the same host.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from support.waiting import until
+
+INSTANCE_FILE: Final = "instance"
+_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
+
+
+def marks_of(data_dir: Path, sandbox_ids: Iterable[str] = ()) -> frozenset[str]:
+    """What names this server's belongings on the host."""
+    marks = {str(data_dir), *sandbox_ids}
+    instance = data_dir / INSTANCE_FILE
+    if instance.is_file():
+        marks.add(instance.read_text().strip())
+    return frozenset(mark for mark in marks if mark)
+
+
+def traces(marks: Iterable[str]) -> list[str]:
+    """One line per thing on the host that bears one of the marks."""
+    wanted = tuple(marks)
+    found = [
+        *_processes(wanted),
+        *_mounts(wanted),
+        *_cgroups(wanted),
+        *_named_namespaces(wanted),
+        *_loop_devices(wanted),
+    ]
+    return sorted(set(found))
+
+
+def wait_until_clean(marks: Iterable[str], *, seconds: float = 20.0) -> None:
+    """Returns when nothing with a mark is left; `AssertionError` listing what is, after the deadline."""
+    wanted = tuple(marks)
+    try:
+        until(lambda: not traces(wanted), seconds=seconds, what="host free of traces")
+    except TimeoutError:
+        left = traces(wanted)
+        raise AssertionError("left behind:\n" + "\n".join(left)) from None
+
+
+def _matches(text: str, marks: tuple[str, ...]) -> bool:
+    return any(mark in text for mark in marks)
+
+
+def _own_family() -> frozenset[int]:
+    """This process and its ancestors: their command lines may name the data folder."""
+    family = set()
+    pid = os.getpid()
+    while pid > 0 and pid not in family:
+        family.add(pid)
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            break
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return frozenset(family)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _processes(marks: tuple[str, ...]) -> Iterator[str]:
+    family = _own_family()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) in family:
+            continue
+        command = _read(entry / "cmdline").replace("\0", " ").strip()
+        if _matches(command, marks):
+            yield f"process {entry.name}: {command[:200]}"
+        elif _matches(_read(entry / "cgroup"), marks):
+            yield f"process {entry.name} in a cgroup of ours: {command[:200] or _read(entry / 'comm').strip()}"
+        elif _matches(_link(entry / "cwd") + _link(entry / "root"), marks):
+            yield f"process {entry.name} in a folder of ours: {command[:200]}"
+
+
+def _mounts(marks: tuple[str, ...]) -> Iterator[str]:
+    for line in _read(Path("/proc/self/mountinfo")).splitlines():
+        if _matches(line, marks):
+            yield f"mount: {line.split()[4]}"
+
+
+def _cgroups(marks: tuple[str, ...]) -> Iterator[str]:
+    for folder, names, _files in os.walk(_CGROUP_ROOT):
+        for name in names:
+            if _matches(name, marks):
+                yield f"cgroup: {folder}/{name}"
+
+
+def _named_namespaces(marks: tuple[str, ...]) -> Iterator[str]:
+    folder = Path("/run/netns")
+    names = os.listdir(folder) if folder.is_dir() else []
+    for name in names:
+        if _matches(name, marks):
+            yield f"network namespace: {name}"
+
+
+def _loop_devices(marks: tuple[str, ...]) -> Iterator[str]:
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        if _matches(_read(backing), marks):
+            yield f"loop device {backing.parts[3]}: {_read(backing).strip()}"
