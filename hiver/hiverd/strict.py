@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
@@ -160,7 +161,19 @@ def _any(_kind: inspect.AnyType, value: Any, _path: str) -> Any:
 def _string(kind: inspect.StrType, value: Any, path: str) -> str:
     if not isinstance(value, str):
         _refuse_type(path, kind, value)
+    if kind.min_length is not None and len(value) < kind.min_length:
+        fail(path, "must not be empty")
     return value
+
+
+def _path(kind: inspect.CustomType, value: Any, path: str) -> Path:
+    if kind.cls is not Path:
+        raise TypeError(f"no strict decoding for {kind!r}")
+    if not isinstance(value, str | Path):
+        fail(path, f"expected a path, got {_name_of_json(value)}")
+    if not str(value) or "\0" in str(value):
+        fail(path, "must be the path of a file or folder")
+    return Path(value)
 
 
 def _boolean(kind: inspect.BoolType, value: Any, path: str) -> bool:
@@ -192,6 +205,8 @@ def _check_bounds(kind: inspect.IntType | inspect.FloatType, value: float, path:
         fail(path, f"must be > {kind.gt}")
     if kind.ge is not None and value < kind.ge:
         fail(path, f"must be >= {kind.ge}")
+    if kind.lt is not None and value >= kind.lt:
+        fail(path, f"must be < {kind.lt}")
     if kind.le is not None and value > kind.le:
         fail(path, f"must be <= {kind.le}")
 
@@ -269,6 +284,7 @@ def _struct(kind: inspect.StructType, value: Any, path: str) -> Any:
 _HANDLERS: Final[dict[type[inspect.Type], Callable[[Any, Any, str], Any]]] = {
     inspect.AnyType: _any,
     inspect.StrType: _string,
+    inspect.CustomType: _path,
     inspect.BoolType: _boolean,
     inspect.IntType: _integer,
     inspect.FloatType: _float,

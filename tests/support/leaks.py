@@ -6,6 +6,7 @@ while other servers run on the same host.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,17 +14,14 @@ from typing import Final
 
 from support.waiting import until
 
-INSTANCE_FILE: Final = "instance"
 _CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 
 
 def marks_of(data_dir: Path, sandbox_ids: Iterable[str] = ()) -> frozenset[str]:
-    """What names this server's belongings on the host."""
-    marks = {str(data_dir), *sandbox_ids}
-    instance = data_dir / INSTANCE_FILE
-    if instance.is_file():
-        marks.add(instance.read_text().strip())
-    return frozenset(mark for mark in marks if mark)
+    """What names this server's belongings on the host: its folder, its instance name, its sandboxes."""
+    folder = str(data_dir.resolve())
+    instance = hashlib.sha256(folder.encode()).hexdigest()[:8]  # as the server derives it
+    return frozenset({folder, instance, *sandbox_ids})
 
 
 def traces(marks: Iterable[str]) -> list[str]:
@@ -35,6 +33,7 @@ def traces(marks: Iterable[str]) -> list[str]:
         *_cgroups(wanted),
         *_named_namespaces(wanted),
         *_loop_devices(wanted),
+        *_run_files(wanted),
     ]
     return sorted(set(found))
 
@@ -114,6 +113,14 @@ def _named_namespaces(marks: tuple[str, ...]) -> Iterator[str]:
     for name in names:
         if _matches(name, marks):
             yield f"network namespace: {name}"
+
+
+def _run_files(marks: tuple[str, ...]) -> Iterator[str]:
+    for folder in (Path("/run/hiver"), Path("/dev/shm")):
+        names = os.listdir(folder) if folder.is_dir() else []
+        for name in names:
+            if _matches(name, marks):
+                yield f"file: {folder}/{name}"
 
 
 def _loop_devices(marks: tuple[str, ...]) -> Iterator[str]:

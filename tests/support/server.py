@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 DEFAULT_CONFIG: Final = """\
-[images.aliases]
+[images]
 "hiversh/python:3.13-alpine" = "host"
 """
 """The documentation's image, mapped to the one that needs no download."""

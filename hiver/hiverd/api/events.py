@@ -21,7 +21,7 @@ _MAX_ID: Final = 2**63 - 1
 
 class EventsController(Controller):
     path = "/sandbox/{sandbox_ref:str}/v1/{key:str}"
-    tags = ["sandbox"]
+    tags = ("sandbox",)
 
     @get("/events", summary="Stream the sandbox's events", responses=describe())
     async def events(
@@ -55,18 +55,22 @@ async def _frames(sandbox: Sandbox, position: int, *, follow: bool, family: Fami
     events = sandbox.events
     if not follow:
         await events.flushed()
-    while True:
-        page = await events.read_after(position)
-        for event_id, body in page:
-            position = event_id
-            shown = body if family == "new" else for_old_clients(body)
-            if shown is not None:
-                yield b"id: %d\ndata: %s\n\n" % (event_id, shown)
-        if page:
-            continue
-        if not follow or (events.closed and not await events.wait_beyond(position, 0)):
-            return
-        if not await events.wait_beyond(position, SSE_HEARTBEAT_SECONDS) and not events.closed:
+    with events.reader():
+        while True:
+            page = await events.read_after(position)
+            for event_id, body in page:
+                position = event_id
+                shown = body if family == "new" else for_old_clients(body)
+                if shown is not None:
+                    yield b"id: %d\ndata: %s\n\n" % (event_id, shown)
+            if page:
+                continue
+            if not follow:
+                return
+            if await events.wait_beyond(position, SSE_HEARTBEAT_SECONDS):
+                continue
+            if events.closed:
+                return
             yield SSE_COMMENT
 
 

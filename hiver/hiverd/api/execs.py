@@ -31,7 +31,7 @@ FRAME_CHARACTERS: Final = 8 << 10
 
 class ExecController(Controller):
     path = "/sandbox/{sandbox_ref:str}/v1/{key:str}"
-    tags = ["commands"]
+    tags = ("commands",)
 
     @post(
         "/exec",
@@ -55,9 +55,7 @@ class ExecController(Controller):
         operation_class=json_body(ExecRequest),
         responses=describe(),
     )
-    async def stream(
-        self, request: Request[Any, Any, Any], sandbox: Sandbox, exec_id: str, execs: Execs
-    ) -> ASGIApp:
+    async def stream(self, request: Request[Any, Any, Any], sandbox: Sandbox, exec_id: str, execs: Execs) -> ASGIApp:
         """Server-sent events; `exit` is always the last. The command runs before the headers are sent."""
         check_exec_id(exec_id)
         decoded = decode_exec(await request.body())

@@ -6,14 +6,15 @@ gateway. Old-family requests are rewritten to the new form, so that everything b
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol, cast
 from urllib.parse import quote, unquote
 
+from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from hiverd.api.errors import error_body
 from hiverd.api.guard import BrowserGuard
-from hiverd.contracts.errors import HiverError, NotFoundError
+from hiverd.contracts.errors import HiverError, NotFoundError, UnavailableError
 from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.sandbox import Sandbox
 
@@ -36,9 +37,6 @@ class Front:
         self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
         try:
             routed = self._route(scope)
         except HiverError as error:
@@ -46,6 +44,10 @@ class Front:
             return
         if isinstance(routed, tuple):
             sandbox, port_text, raw_path = routed
+            if not sandbox.ready:
+                error = UnavailableError(f'sandbox "{sandbox.key}" is {sandbox.status}, not running')
+                await refuse(scope, receive, send, error)
+                return
             await self._gateway(scope, receive, send, sandbox, port_text, raw_path)
         else:
             await self._app(routed, receive, send)
@@ -88,8 +90,8 @@ class Front:
         prefix = f"/sandbox/{sandbox.id}/v1/{quote(sandbox.key)}/".encode()
         state = {**scope.get("state", {}), FAMILY_KEY: "old"}
         raw_path = prefix + operation
-        rewritten: dict[str, Any] = {**scope, "raw_path": raw_path, "path": unquote(raw_path.decode()), "state": state}
-        return rewritten  # type: ignore[return-value] -- still the scope it was made from
+        rewritten = {**scope, "raw_path": raw_path, "path": unquote(raw_path.decode()), "state": state}
+        return cast("Scope", rewritten)
 
 
 def family_of(scope: Scope) -> Family:
@@ -106,7 +108,7 @@ def _proxy_target(operation: bytes) -> tuple[str, bytes]:
 async def refuse(scope: Scope, receive: Receive, send: Send, error: HiverError) -> None:
     """Answers with an error outside Litestar; a WebSocket is refused before its handshake."""
     status, body = error_body(error)
-    if scope["type"] == "websocket":
+    if scope["type"] == ScopeType.WEBSOCKET:
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": error.message[:120]})
         return

@@ -39,7 +39,7 @@ def provide_sandbox(any_sandbox: Sandbox) -> Sandbox:
 
 class RunningController(Controller):
     path = "/sandbox/{sandbox_ref:str}/v1/{key:str}"
-    tags = ["sandbox"]
+    tags = ("sandbox",)
 
     @get("/ping", summary="Keep the sandbox alive", responses=describe({200: "It is ready"}))
     async def ping(self, any_sandbox: Sandbox, block: bool = False) -> Response[None]:
@@ -69,9 +69,7 @@ class RunningController(Controller):
         operation_class=json_body(SandboxConfig),
         responses=describe({200: "Applied, or rolled back with `error`", 409: "Another apply is in progress"}),
     )
-    async def apply(
-        self, request: Request[Any, Any, Any], any_sandbox: Sandbox, applier: ConfigApplier
-    ) -> ApplyResult:
+    async def apply(self, request: Request[Any, Any, Any], any_sandbox: Sandbox, applier: ConfigApplier) -> ApplyResult:
         """All or nothing: when the answer says `applied`, it is in force."""
         desired = with_defaults(decode_config(await request.body()))
         validate_config(desired)

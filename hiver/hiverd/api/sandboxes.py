@@ -53,7 +53,7 @@ async def _create(request: Request[Any, Any, Any], key: str, manager: Manager, p
 
 
 class CreateController(Controller):
-    tags = ["sandboxes"]
+    tags = ("sandboxes",)
 
     @post(
         "/v1/sandboxes/{key:str}",
@@ -81,7 +81,7 @@ class CreateController(Controller):
 
 class ControllerRoutes(Controller):
     path = "/controller/v1"
-    tags = ["sandboxes"]
+    tags = ("sandboxes",)
 
     @get("/sandboxes", summary="List all sandboxes")
     async def list_sandboxes(self, manager: Manager) -> list[SandboxRef]:
@@ -109,7 +109,7 @@ class PodController(Controller):
     """One sandbox per id here, so the "pod" of an id holds exactly one key (PROTOCOL 3.4)."""
 
     path = "/sandbox/{sandbox_ref:str}/v1"
-    tags = ["sandboxes"]
+    tags = ("sandboxes",)
 
     @get("/", summary="The sandboxes under an id")
     async def show(self, sandbox_ref: str, manager: Manager) -> PodInfo:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 from litestar.types import Receive, Scope, Send
@@ -36,7 +36,7 @@ async def close_all_streams() -> None:
         await asyncio.wait(set(_open_streams), timeout=5.0)
 
 
-class HeldJson:
+class HeldJson(Generic[T]):
     """Answers with the JSON that `work` returns, however long it takes.
 
     The published client gives up after 3 s without a byte, and JSON may begin with white space: so after a second the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Final, Protocol, TypeVar
@@ -129,7 +129,7 @@ class Download:
         self.size = len(span)
         """Bytes that `pieces` gives, fixed when the file was opened."""
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self) -> AsyncGenerator[bytes]:
         """Exactly `size` bytes in pieces of 1 MiB, or EOFError when the file was cut short meanwhile.
 
         A file that grows is given as long as it was; what another process writes meanwhile may show.
@@ -226,7 +226,7 @@ class FileAccess:
             )
         report.finish()
 
-    async def list_directory(self, sandbox: Sandbox, path: bytes) -> AsyncIterator[list[DirectoryEntry]]:
+    async def list_directory(self, sandbox: Sandbox, path: bytes) -> AsyncGenerator[list[DirectoryEntry]]:
         """The entries in batches, configured mounts included. A directory of one batch is sorted by name.
 
         Raises `NotFoundError`, `InvalidError` before the first batch.

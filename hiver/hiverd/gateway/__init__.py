@@ -1,1 +1,6 @@
-"""Forwarding of HTTP, SSE and WebSocket requests to ports inside a sandbox."""
+"""Forwarding of requests into sandboxes (PROTOCOL 3.13)."""
+
+from hiverd.gateway.asgi import GatewayTarget
+from hiverd.gateway.gateway import Gateway
+
+__all__ = ["Gateway", "GatewayTarget"]

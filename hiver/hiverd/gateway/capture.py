@@ -1,12 +1,13 @@
 """The `ingress.*` events of one exchange (PROTOCOL 7). No I/O; forwarding never waits for any of this.
 
-When the request event is recorded: at once if there is no body or all of it came with the head, so before the upstream is
-dialled. Otherwise the body flows on while its beginning is collected, and the event is recorded at the earliest of: the end of
-the body, `MAX_BODY_BYTES` collected, the upstream's answer, or `BODY_PATIENCE_SECONDS`. So it may hold only the beginning of a slow
-upload, but it always precedes the response event, and there is exactly one response event per request event.
+When the request event is recorded: at once if there is no body or all of it came with the head, so before the upstream
+is dialled. Otherwise the body flows on while its beginning is collected, and the event is recorded at the earliest of:
+the end of the body, `MAX_BODY_BYTES` collected, the upstream's answer, or `BODY_PATIENCE_SECONDS`. So it may hold only
+the beginning of a slow upload, but it always precedes the response event, and there is exactly one response event per
+request event.
 
-A type that the sandbox's filter excludes still takes an id and counts as a sign of life, so a bare event is recorded for it
-and the work of collecting is skipped.
+A type that the sandbox's filter excludes still takes an id and counts as a sign of life, so a bare event is recorded
+for it and the work of collecting is skipped.
 """
 
 from __future__ import annotations

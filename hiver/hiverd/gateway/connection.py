@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         parser = self._parser
@@ -199,7 +199,7 @@ class Connection(asyncio.Protocol):
                     self._fail(str(error))
         self._wake()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 -- the loop passes it
         self._fail("the connection was lost")
         self._closed = True
         self._wake()

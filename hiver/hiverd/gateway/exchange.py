@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Any, Final
 
 from hiverd.contracts.isolation import Workload
 from hiverd.gateway.asgi import Receive, Scope, Send, answer, answer_error
@@ -50,7 +50,7 @@ class Route:
         )
 
 
-async def dial_while_wanted(route: Route, unwanted: asyncio.Future[None]) -> Connection:
+async def dial_while_wanted(route: Route, unwanted: asyncio.Future[Any]) -> Connection:
     """Dials until connected or `unwanted` is done. Raises `DialError`, `ClientGoneError`."""
     dialling = asyncio.create_task(route.dial(), name=f"gateway-dial-{route.port}")
     try:

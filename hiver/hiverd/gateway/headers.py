@@ -40,34 +40,23 @@ def forwarded(headers: Headers, client_host: str | None, scheme: str) -> Headers
 
     `X-Forwarded-For` gets the client's address appended. Host and Proto are kept if a proxy before us set them.
     """
-    dropped = _REBUILT
-    seen_for: list[bytes] = []
-    host = forwarded_host = forwarded_proto = None
-    for name, value in headers:
-        if name == b"connection":
-            dropped = _REBUILT | connection_tokens(headers)
-        elif name == b"host":
-            host = value
-        elif name == b"x-forwarded-for":
-            seen_for.append(value)
-        elif name == b"x-forwarded-host":
-            forwarded_host = value
-        elif name == b"x-forwarded-proto":
-            forwarded_proto = value
+    first = dict(reversed(headers))
+    dropped = _REBUILT | connection_tokens(headers) if b"connection" in first else _REBUILT
     kept = [field for field in headers if field[0] not in dropped]
+    route = [value for name, value in headers if name == b"x-forwarded-for"]
     if client_host:
-        seen_for.append(client_host.encode("ascii", "replace"))
-    if seen_for:
-        kept.append((b"x-forwarded-for", b", ".join(seen_for)))
-    if forwarded_host is None and host is not None:
-        kept.append((b"x-forwarded-host", host))
-    if forwarded_proto is None:
+        route.append(client_host.encode("ascii", "replace"))
+    if route:
+        kept.append((b"x-forwarded-for", b", ".join(route)))
+    if b"x-forwarded-host" not in first and b"host" in first:
+        kept.append((b"x-forwarded-host", first[b"host"]))
+    if b"x-forwarded-proto" not in first:
         kept.append((b"x-forwarded-proto", scheme.encode("ascii", "replace")))
     return kept
 
 
 def field_block(headers: Headers) -> bytes:
-    """Field lines ready to send, names in their usual spelling. Raises `ValueError` if a field would break out of its line."""
+    """Field lines ready to send, names in their usual spelling. Raises `ValueError` on a line break or NUL in one."""
     block = b"".join([b"%b: %b\r\n" % (canonical(name), value) for name, value in headers])
     count = len(headers)
     if block.count(b"\n") != count or block.count(b"\r") != count or b"\0" in block:

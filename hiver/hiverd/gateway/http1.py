@@ -89,15 +89,12 @@ class ResponseParser:
         self._in_trailers = False
 
     def feed(self, data: bytes) -> bytes:
-        """Takes what was received, returns the body bytes in it. Raises `ProtocolError`; the connection is useless then."""
+        """Takes what was received, returns the body bytes in it. Raises `ProtocolError`: the connection is useless."""
         if self.head is None:
-            if self._buffer:
-                data = self._buffer + data
-            data = self._read_heads(data)
-            if self.head is None:
-                self._buffer = data
+            rest = self._read_heads(self._buffer + data if self._buffer else data)
+            if rest is None:
                 return b""
-            self._buffer = b""
+            data = rest
         if self.complete:
             self.excess = self.excess or data
             return b""
@@ -108,22 +105,23 @@ class ResponseParser:
         return self._read_counted(data, self._remaining)
 
     def eof(self) -> None:
-        """The peer has closed. Completes a body that is delimited by that; raises `ProtocolError` on anything cut short."""
+        """The peer has closed. Completes a body delimited by that; raises `ProtocolError` on anything cut short."""
         if self.complete:
             return
         if self.head is None or self._chunked or self._remaining is not None:
             raise ProtocolError("the connection was closed in the middle of the response")
         self.complete = True
 
-    def _read_heads(self, data: bytes) -> bytes:
-        """Consumes complete heads up to the final one; returns the rest."""
+    def _read_heads(self, data: bytes) -> bytes | None:
+        """Consumes complete heads up to the final one and returns the rest; None if more bytes are needed."""
         while self.head is None:
             # Only the last three bytes before the new data can be part of an end that was not seen before.
             found = _HEAD_END.search(data, max(0, len(self._buffer) - 3))
             if (found.end() if found else len(data)) > MAX_HEAD_BYTES:
                 raise ProtocolError("the response head is too large")
             if found is None:
-                return data
+                self._buffer = data
+                return None
             self._buffer = b""
             head = parse_response_head(data[: found.start()])
             data = data[found.end() :]

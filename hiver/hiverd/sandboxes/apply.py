@@ -49,9 +49,7 @@ class ConfigApplier:
         task = asyncio.create_task(self._apply(sandbox, sandbox.spec, desired, family), name=f"apply-{sandbox.key}")
         return await asyncio.shield(task)
 
-    async def _apply(
-        self, sandbox: Sandbox, spec: WorkloadSpec, desired: SandboxConfig, family: Family
-    ) -> Applied:
+    async def _apply(self, sandbox: Sandbox, spec: WorkloadSpec, desired: SandboxConfig, family: Family) -> Applied:
         try:
             current = sandbox.config
             effective, warnings = merge_immutables(current, desired, family=family)

@@ -18,12 +18,13 @@ from msgspec import Struct
 from hiverd.clock import Clock
 from hiverd.contracts.errors import (
     BackendError,
+    ConflictError,
     HiverError,
     NotFoundError,
     SandboxGoneError,
     UnavailableError,
 )
-from hiverd.contracts.isolation import Isolation, Workload, WorkloadSpec
+from hiverd.contracts.isolation import Isolation, Workload
 from hiverd.files.volumes import Volumes
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.lifecycle import LifecycleStream
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 DESTROY_RETRY_SECONDS: Final = (0.1, 0.5, 2.0, 5.0, 15.0, 60.0)
 ADOPT_RETRY_SECONDS: Final = 5.0
+EVENTS_DRAIN_SECONDS: Final = 1.0
+"""How long the end of a sandbox waits for readers of its events."""
 
 
 class ManagerLimits(Struct, frozen=True):
@@ -79,7 +82,7 @@ class Manager:
         self._slots: set[int] = set()
         self._closing = False
         self.lifecycle = LifecycleStream()
-        self.on_forget: list[Callable[[str], Awaitable[None]]] = []
+        self.on_forget: list[Callable[[str], None]] = []
         """Called with a sandbox's id when its workload is being taken down: close what is held open to it."""
 
     # -- finding ----------------------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ class Manager:
         if self._closing:
             raise UnavailableError("the server is shutting down")
         if len(self._by_id) >= self._limits.max_sandboxes:
-            raise UnavailableError(
+            raise ConflictError(
                 f"this server runs its maximum of {self._limits.max_sandboxes} sandboxes; shut one down, or raise"
                 " sandbox.max_sandboxes"
             )
@@ -160,7 +163,7 @@ class Manager:
             return
         if sandbox.status == "stopping":
             # Shut down while it was being created: the shutdown waits for this very future.
-            sandbox.created.set_exception(NotFoundError(f'sandbox "{sandbox.key}" was shut down while it started'))
+            sandbox.created.set_exception(ConflictError(f'sandbox "{sandbox.key}" was shut down while it started'))
             return
         sandbox.status = "running"
         sandbox.touch()
@@ -255,7 +258,7 @@ class Manager:
         for session in list(sandbox.execs.values()):
             await session.kill()
         for forget in self.on_forget:
-            await forget(sandbox.id)
+            forget(sandbox.id)
         if sandbox.has_workload:
             await sandbox.workload.stop(self._limits.stop_grace_seconds)
         await self._entrypoints.forget(sandbox)
@@ -266,7 +269,9 @@ class Manager:
         await self._isolation.destroy(sandbox.id, state)
         sandbox.set_workload(None)
         await self._volumes.release(sandbox.id)
+        await sandbox.events.flushed()
         sandbox.events.close()
+        await sandbox.events.drained(EVENTS_DRAIN_SECONDS)
         await self._records.delete(sandbox.id)
 
     def _publish(self, sandbox: Sandbox, change: LifecycleStatus) -> None:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from hiverd.contracts.errors import UnsupportedError
 from hiverd.contracts.isolation import Mount
-from hiverd.files.origins import resolve_origin
+from hiverd.sandboxes.origins import resolve_origin
 from hiverd.wire.config import FileSystem, LocalFileSystem, SandboxConfig
 
 
@@ -66,7 +66,7 @@ class MountPlanner:
         source = volume / "mounts" / _folder_name(planned.target)
         source.parent.mkdir(mode=0o700, exist_ok=True)
         source.mkdir(mode=0o755, exist_ok=True)
-        os.chmod(source, 0o755)
+        os.chmod(source, 0o755)  # noqa: S103 -- below a 0700 folder; the umask must not decide
         return Mount(target=planned.target, source=str(source))
 
 
@@ -80,4 +80,3 @@ def changed_mounts(
 def _folder_name(target: str) -> str:
     """A folder name for a mount path, reversible, so that two paths never share a folder."""
     return re.sub(r"[^A-Za-z0-9.-]", lambda match: f"_{ord(match[0]):x}_", target.strip("/")) or "_root_"
-

@@ -8,7 +8,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from hiverd.contracts.isolation import Image, Mount, WorkloadSpec
+from hiverd.contracts.isolation import Image, WorkloadSpec
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.config import (
@@ -68,7 +68,6 @@ class SpecBuilder:
             extra_hosts=tuple((name, _address(address)) for name, address in effective_extra_hosts(config)),
             mounts=tuple(mounts),
         )
-
 
 
 def effective_argv(config: SandboxConfig, image: Image) -> tuple[str, ...]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
 
 from hiverd.clock import Clock, rfc3339
 from hiverd.state.database import Database
-from hiverd.wire.sse import to_ascii
 from hiverd.wire.events import SILENT_TYPES, Event, EventSink, type_of
+from hiverd.wire.sse import to_ascii
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,8 @@ class Journal:
             await connection.execute(
                 "DELETE FROM events WHERE sandbox_id = ?1 AND id <= coalesce((SELECT max(id) FROM ("
                 " SELECT id, row_number() OVER newest AS n, sum(length(body)) OVER newest AS total"
-                " FROM events WHERE sandbox_id = ?1 WINDOW newest AS (ORDER BY id DESC)) WHERE n > ?2 OR total > ?3), 0)",
+                " FROM events WHERE sandbox_id = ?1 WINDOW newest AS (ORDER BY id DESC))"
+                " WHERE n > ?2 OR total > ?3), 0)",
                 (events.sandbox_id, self.max_count, self.max_bytes // 2),
             )
             cursor = await connection.execute(
@@ -172,6 +174,7 @@ class SandboxEvents(EventSink):
         self._committed_id = last_id
         self._types = types
         self._waiters: set[asyncio.Future[None]] = set()
+        self._readers = 0
         self.closed = False
         self.stored_count = journal.max_count if last_id else 0
         self.stored_bytes = 0
@@ -210,6 +213,25 @@ class SandboxEvents(EventSink):
         """Called by the writer: everything up to this id can be read."""
         self._committed_id = max(self._committed_id, event_id)
         self._release()
+
+    @contextmanager
+    def reader(self) -> Iterator[None]:
+        """Marks a reader, for whom the end of the stream waits a moment."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            self._release()
+
+    async def drained(self, timeout_seconds: float) -> None:
+        """After `close`: waits until all readers have seen the end, or the time has passed."""
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        while self._readers and (left := deadline - asyncio.get_running_loop().time()) > 0:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            await asyncio.wait({waiter}, timeout=left)
+            self._waiters.discard(waiter)
 
     async def read_after(self, position: int) -> list[tuple[int, bytes]]:
         """The next stored events behind a position, oldest first, at most a page; empty if there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,6 +34,14 @@ class SandboxRecord(Struct, kw_only=True):
     log_position: str | None = None
 
 
+def _encode_spec(spec: WorkloadSpec) -> bytes:
+    return msgspec.json.encode(spec, enc_hook=os.fspath)
+
+
+def _decode_spec(raw: bytes) -> WorkloadSpec:
+    return msgspec.json.decode(raw, type=WorkloadSpec, dec_hook=lambda kind, value: kind(value))
+
+
 class Records:
     """Sandbox records in the database. Every method is one transaction."""
 
@@ -54,7 +63,7 @@ class Records:
                 status=row[3],
                 backend=row[4],
                 config=bytes(row[5]),
-                spec=msgspec.json.decode(row[6], type=WorkloadSpec) if row[6] is not None else None,
+                spec=_decode_spec(row[6]) if row[6] is not None else None,
                 state=json.loads(row[7]) if row[7] is not None else None,
                 created_at=row[8],
                 last_activity_at=row[9],
@@ -85,7 +94,7 @@ class Records:
         async with self._database.transaction() as connection:
             await connection.execute(
                 "UPDATE sandboxes SET status = 'running', spec = ?, state = ? WHERE id = ?",
-                (msgspec.json.encode(spec), msgspec.json.encode(state), sandbox_id),
+                (_encode_spec(spec), msgspec.json.encode(state), sandbox_id),
             )
 
     async def set_stopping(self, sandbox_id: str) -> None:
@@ -97,7 +106,7 @@ class Records:
         async with self._database.transaction() as connection:
             await connection.execute(
                 "UPDATE sandboxes SET config = ?, spec = ? WHERE id = ?",
-                (config, msgspec.json.encode(spec), sandbox_id),
+                (config, _encode_spec(spec), sandbox_id),
             )
 
     async def set_activity(self, last_activity_at: Mapping[str, float]) -> None:

@@ -28,6 +28,7 @@ from hiverd.wire.effective import (
     fill_acls,
 )
 from hiverd.wire.model import (
+    DEFAULT_MOUNT,
     AclRule,
     AnyFileSystem,
     EgressOverride,
@@ -151,7 +152,7 @@ def with_defaults(config: SandboxConfig) -> SandboxConfig:
 
     Nothing else is filled in (PROTOCOL 3.9): the absence of `cpu` and the like stays visible.
     """
-    entries = (LocalFileSystem(mount="/workspace"),) if config.fs is None else config.fs
+    entries = (LocalFileSystem(mount=DEFAULT_MOUNT),) if config.fs is None else config.fs
     return msgspec.structs.replace(config, fs=tuple(fill_acls(entry) for entry in entries))
 
 

@@ -18,6 +18,9 @@ BodyStrategy = Literal["merge", "replace"]
 Secret = Annotated[str, Meta(extra={"secret": True})]
 """A credential: shown to the sandbox's owner, redacted in logs and events (PROTOCOL 0.9)."""
 
+DEFAULT_MOUNT: Final = "/workspace"
+"""The one local mount that an absent `fs` stands for (PROTOCOL 0.3)."""
+
 HTTP_METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 """Methods that a rule can name (PROTOCOL 4.4)."""
 

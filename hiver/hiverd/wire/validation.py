@@ -13,7 +13,7 @@ from typing import Final
 from hiverd.strict import fail, member, shown
 from hiverd.wire.events import EVENT_TYPES
 from hiverd.wire.keys import KEY_RULE, is_key
-from hiverd.wire.model import SandboxConfig, Snapshot
+from hiverd.wire.model import DEFAULT_MOUNT, SandboxConfig, Snapshot
 from hiverd.wire.validation_egress import validate_egress
 from hiverd.wire.validation_files import clean_path, validate_absolute, validate_file_systems, validate_mount_path
 
@@ -161,7 +161,7 @@ def _validate_snapshot(snapshot: Snapshot, config: SandboxConfig) -> None:
     validate_snapshot_parts(snapshot, "snapshot.")
     files = snapshot.files
     if files is not None and files.mount is not None:
-        mounts = {clean_path(entry.mount) for entry in config.fs or ()}
+        mounts = {DEFAULT_MOUNT} if config.fs is None else {clean_path(entry.mount) for entry in config.fs}
         if clean_path(files.mount) not in mounts:
             fail("snapshot.files.mount", f"must be the mount of an entry of fs, got {shown(files.mount)}")
 

@@ -1,0 +1,97 @@
+"""User namespaces that serve only as id maps for mounts (mount_setattr(2), MOUNT_ATTR_IDMAP)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+SUBORDINATE_IDS: Final = 65536
+"""Ids in one sandbox's range."""
+
+
+class IdMap(NamedTuple):
+    """`count` ids from `uid`/`gid` on disk appear as those from `host_uid`/`host_gid` on."""
+
+    uid: int
+    gid: int
+    host_uid: int
+    host_gid: int
+    count: int
+
+
+def for_sandbox(host_id: int) -> IdMap:
+    """The map that makes an image's files (owned by 0...) the property of a sandbox's root."""
+    return IdMap(0, 0, host_id, host_id, SUBORDINATE_IDS)
+
+
+def for_owner(uid: int, gid: int, host_id: int) -> IdMap:
+    """The map that makes one host user's files the property of a sandbox's root, and no one else's."""
+    return IdMap(uid, gid, host_id, host_id, 1)
+
+
+class UserNamespaces:
+    """Makes and keeps namespace descriptors, the newest `capacity` of them. Blocking; safe in threads."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._descriptors: OrderedDict[IdMap, int] = OrderedDict()
+
+    @contextlib.contextmanager
+    def borrow(self, ids: IdMap) -> Iterator[int]:
+        """A descriptor of the caller's own, closed on leaving."""
+        descriptor = self._cached_copy(ids)
+        if descriptor is None:
+            descriptor = _make(ids)
+            self._keep(ids, os.dup(descriptor))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Frees all descriptors."""
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def _cached_copy(self, ids: IdMap) -> int | None:
+        with self._lock:
+            kept = self._descriptors.get(ids)
+            if kept is None:
+                return None
+            self._descriptors.move_to_end(ids)
+            return os.dup(kept)
+
+    def _keep(self, ids: IdMap, descriptor: int) -> None:
+        with self._lock:
+            previous = self._descriptors.pop(ids, None)
+            self._descriptors[ids] = descriptor
+            evicted = [] if previous is None else [previous]
+            if len(self._descriptors) > self._capacity:
+                evicted.append(self._descriptors.popitem(last=False)[1])
+        for old in evicted:
+            os.close(old)
+
+
+def _make(ids: IdMap) -> int:
+    # A threaded process may not unshare its own user namespace, so a short-lived child does. `cat` answers the byte
+    # only once `unshare` has entered the new namespace.
+    with subprocess.Popen(["unshare", "--user", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
+        assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018 -- asked for just above
+        try:
+            child.stdin.write(b"\n")
+            if child.stdout.read(1) != b"\n":
+                raise OSError("this kernel does not let us make a user namespace")
+            process = Path("/proc", str(child.pid))
+            (process / "uid_map").write_text(f"{ids.uid} {ids.host_uid} {ids.count}\n")
+            (process / "gid_map").write_text(f"{ids.gid} {ids.host_gid} {ids.count}\n")
+            return os.open(process / "ns" / "user", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            child.kill()

@@ -1,0 +1,132 @@
+"""The core of the server on a fake isolation plug-in and a real database."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hiverd.clock import SystemClock
+from hiverd.contracts.isolation import BackendContext
+from hiverd.sandboxes.apply import ConfigApplier
+from hiverd.sandboxes.entrypoints import Entrypoints
+from hiverd.sandboxes.execs import ExecLimits, Execs
+from hiverd.sandboxes.housekeeping import Housekeeping
+from hiverd.sandboxes.manager import Manager, ManagerLimits
+from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
+from hiverd.sandboxes.stdio import StdioLimits
+from hiverd.sandboxes.tasks import TaskGroup
+from hiverd.state.database import Database
+from hiverd.state.journal import Journal
+from hiverd.state.records import Records
+from hiverd.testing.fakes import FakeIsolation
+
+
+class MovableClock(SystemClock):
+    """Real time plus what a test adds."""
+
+    def __init__(self) -> None:
+        self.added_seconds = 0.0
+
+    def wall(self) -> float:
+        return super().wall() + self.added_seconds
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.added_seconds
+
+
+class PlainVolumes:
+    """Folders without a limit; what `hiverd.files.volumes.Volumes` is to the manager."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    async def allocate(self, sandbox_id: str, slot: int) -> Path:
+        volume = self.root / sandbox_id
+        volume.mkdir(parents=True)
+        return volume
+
+    async def adopt(self, sandbox_id: str) -> None:
+        pass
+
+    async def release(self, sandbox_id: str) -> None:
+        volume = self.root / sandbox_id
+        if volume.exists():
+            for path in sorted(volume.rglob("*"), reverse=True):
+                path.rmdir()
+            volume.rmdir()
+
+    async def list_owned(self) -> frozenset[str]:
+        return frozenset(path.name for path in self.root.iterdir()) if self.root.exists() else frozenset()
+
+
+class Core:
+    """One server's worth of parts. `crash` drops them as `kill -9` would; the plug-in's workloads live on."""
+
+    def __init__(self, database: Database, isolation: FakeIsolation, volumes: PlainVolumes) -> None:
+        limits = StdioLimits(lines_per_second=1000, bytes_per_second=1 << 20)
+        self.clock = MovableClock()
+        self.database = database
+        self.isolation = isolation
+        self.volumes = volumes
+        self.records = Records(database)
+        self.journal = Journal(database, self.clock, max_count=500, max_bytes=1 << 20)
+        self.tasks = TaskGroup()
+        self.planner = MountPlanner(())
+        self.applier = ConfigApplier(self.records, self.planner, "allow")
+        self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
+        self.manager = Manager(
+            isolation=isolation,
+            volumes=volumes,  # type: ignore[arg-type]
+            records=self.records,
+            journal=self.journal,
+            specs=SpecBuilder(SpecDefaults(image="host", cpu=1.0, memory_mib=512, pids_max=64), self.planner),
+            entrypoints=Entrypoints(self.journal, self.clock, limits, self.tasks),
+            clock=self.clock,
+            tasks=self.tasks,
+            reconcile=self.applier.reconcile,
+            limits=ManagerLimits(
+                max_sandboxes=20, stop_grace_seconds=0.1, create_timeout_seconds=5, default_ttl_seconds=1800
+            ),
+        )
+        self.housekeeping = Housekeeping(
+            manager=self.manager,
+            isolation=isolation,
+            volumes=volumes,  # type: ignore[arg-type]
+            records=self.records,
+            clock=self.clock,
+            tasks=self.tasks,
+            usage_seconds=5,
+        )
+
+
+OpenCore = Callable[..., Any]
+
+
+@pytest.fixture
+def isolation(tmp_path: Path) -> FakeIsolation:
+    return FakeIsolation(
+        BackendContext(instance="test0000", data_dir=tmp_path, run_dir=tmp_path, options={}, image_aliases={})
+    )
+
+
+@pytest.fixture
+def open_core(tmp_path: Path, isolation: FakeIsolation) -> OpenCore:
+    """Opens a core on the test's database; opening again is a restart of the server."""
+
+    @asynccontextmanager
+    async def open_one() -> AsyncIterator[Core]:
+        database = await Database.open(tmp_path / "test.sqlite3")
+        core = Core(database, isolation, PlainVolumes(tmp_path / "volumes"))
+        await core.journal.start()
+        try:
+            yield core
+        finally:
+            await core.tasks.close()
+            await core.journal.close()
+            await database.close()
+
+    return open_one

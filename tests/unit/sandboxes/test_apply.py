@@ -1,0 +1,113 @@
+"""Applying configurations: all or nothing, one at a time, events in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import msgspec
+import pytest
+from hiverd.contracts.errors import ConflictError, UnsupportedError
+from hiverd.wire.config import decode_config, with_defaults
+
+
+def config(**members):
+    return with_defaults(decode_config(msgspec.json.encode(members)))
+
+
+def local(*mounts):
+    return [{"backend": "local", "mount": mount} for mount in mounts]
+
+
+async def test_mounts_are_added_and_removed(open_core):
+    async with open_core() as core:
+        sandbox, _ = await core.manager.get_or_create("k", lambda: config(fs=local("/workspace", "/old")))
+        outcome = await core.applier.apply(sandbox, config(fs=local("/workspace", "/new")), "new")
+        assert outcome.error is None
+        assert [entry["mount"] for entry in outcome.changes["fs"]["added"]] == ["/new"]
+        assert [entry["mount"] for entry in outcome.changes["fs"]["removed"]] == ["/old"]
+        assert set(core.isolation.workloads[sandbox.id].mounts) == {"/workspace", "/new"}
+
+
+async def test_a_failing_mount_rolls_everything_back(open_core):
+    async with open_core() as core:
+        sandbox, _ = await core.manager.get_or_create("k", lambda: config(fs=local("/workspace", "/old")))
+        before = sandbox.config
+        outcome = await core.applier.apply(
+            sandbox, config(fs=local("/workspace", "/new", "/refused"), egress=[], ttl=5), "new"
+        )
+        assert "refused" in outcome.error
+        assert outcome.config == before == sandbox.config
+        assert set(core.isolation.workloads[sandbox.id].mounts) == {"/workspace", "/old"}
+        await core.journal.flushed()
+        rows = await core.database.fetch("SELECT body FROM events ORDER BY id")
+        events = [json.loads(row[0]) for row in rows]
+        assert [event["type"] for event in events] == ["system.start", "config.apply"]
+        assert events[-1]["success"] is False
+        assert "refused" in events[-1]["errorMessage"]
+
+
+async def test_events_of_an_apply_are_in_order_and_without_secrets(open_core):
+    async with open_core() as core:
+        sandbox, _ = await core.manager.get_or_create("k", config)
+        rule = {"access": "allow", "host": "x.org", "override": {"headers": {"Authorization": "Bearer hush"}}}
+        await core.applier.apply(sandbox, config(egress=[rule]), "new")
+        await core.journal.flushed()
+        bodies = [row[0].decode() for row in await core.database.fetch("SELECT body FROM events ORDER BY id")]
+        assert [json.loads(body)["type"] for body in bodies[1:]] == ["config.apply", "system.config-changed"]
+        assert "hush" not in "".join(bodies)
+
+
+async def test_a_second_apply_meanwhile_is_refused(open_core):
+    async with open_core() as core:
+        sandbox, _ = await core.manager.get_or_create("k", config)
+        first = asyncio.ensure_future(core.applier.apply(sandbox, config(ttl=5), "new"))
+        await asyncio.sleep(0)
+        with pytest.raises(ConflictError, match="still in progress"):
+            await core.applier.apply(sandbox, config(ttl=6), "new")
+        assert (await first).config.ttl == 5
+        assert (await core.applier.apply(sandbox, config(ttl=6), "new")).config.ttl == 6
+
+
+async def test_immutable_fields_are_kept_and_named(open_core):
+    async with open_core() as core:
+        sandbox, _ = await core.manager.get_or_create("k", lambda: config(memory=256))
+        outcome = await core.applier.apply(sandbox, config(memory=1024, cpu=2), "new")
+        assert outcome.config.memory == 256
+        assert len(outcome.changes["warnings"]) == 2
+
+
+async def test_an_applied_events_filter_is_in_force_at_once(open_core):
+    async with open_core() as core:
+        sandbox, _ = await core.manager.get_or_create("k", config)
+        await core.applier.apply(sandbox, config(events=[]), "new")
+        await core.journal.flushed()
+        assert len(await core.database.fetch("SELECT id FROM events")) == 1
+        assert sandbox.events.last_id == 3  # excluded ones consume ids too
+
+
+@pytest.mark.parametrize(
+    ("members", "field"),
+    [
+        ({"fs": [{"backend": "s3", "mount": "/w", "s3_bucket": "b"}]}, "fs[0].backend"),
+        ({"fs": [{"backend": "local", "mount": "/w", "acls": [{"path": "/w/x", "access": "ro"}]}]}, "fs[0].acls"),
+        ({"fs": [{"backend": "local", "mount": "/w", "internal": True}]}, "fs[0].internal"),
+        ({"snapshot": {"files": {"key": "k"}}}, "snapshot"),
+    ],
+)
+async def test_what_is_not_supported_is_refused_by_name(open_core, members, field):
+    async with open_core() as core:
+        with pytest.raises(UnsupportedError) as caught:
+            core.planner.plan(config(**members))
+        assert caught.value.field == field
+
+
+async def test_a_restart_restores_the_mounts_of_the_stored_configuration(open_core, isolation):
+    async with open_core() as core:
+        sandbox, _ = await core.manager.get_or_create("k", lambda: config(fs=local("/a", "/b")))
+        workload = isolation.workloads[sandbox.id]
+        mount = workload.mounts.pop("/b")  # a server died between taking /b away and storing the new configuration
+        workload.mounts["/stray"] = mount
+    async with open_core() as core:
+        await core.manager.adopt_all()
+        assert set(workload.mounts) == {"/a", "/b"}
