@@ -31,9 +31,11 @@ from hiverd.api.streams import close_all_streams
 from hiverd.clock import SystemClock
 from hiverd.contracts.errors import HiverError, UnavailableError
 from hiverd.contracts.isolation import BackendContext, Isolation
-from hiverd.files.volumes import Volumes, VolumeOptions
+from hiverd.files.access import FileAccess
+from hiverd.files.volumes import Volumes
 from hiverd.gateway.gateway import Gateway
 from hiverd.logs import configure_logging
+from hiverd.netns import ThreadSocketFactory
 from hiverd.plugins import isolation_class
 from hiverd.sandboxes.apply import ConfigApplier
 from hiverd.sandboxes.entrypoints import Entrypoints
@@ -55,8 +57,10 @@ log = logging.getLogger(__name__)
 class Services:
     """Everything with a life of its own, started in order and stopped in reverse, also after a partial start."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, isolation: type[Isolation] | None = None) -> None:
+        """`isolation` is for tests; otherwise the settings name the plug-in."""
         self.settings = settings
+        self._isolation_class = isolation
         self.clock = SystemClock()
         self._stack = AsyncExitStack()
 
@@ -83,11 +87,19 @@ class Services:
         self.tasks = TaskGroup()
         self.isolation = await self._start_isolation()
         stack.push_async_callback(self.isolation.close)
-        self.volumes = Volumes(data_dir / "volumes", _volume_options(settings))
+        self.volumes = Volumes(
+            data_dir / "volumes",
+            kind=settings.files.volume,
+            disk_bytes=settings.sandbox.disk_mib << 20,
+            warm=settings.files.volume_warm,
+            reserve_bytes=settings.files.host_reserve_mib << 20,
+        )
         await self.volumes.start()
         stack.push_async_callback(self._close_volumes)
         self._compose()
         stack.push_async_callback(self.tasks.close)
+        stack.callback(self.files.close)
+        stack.push_async_callback(self.sockets.close)
         stack.push_async_callback(self.gateway.close)
         await self.manager.adopt_all()
         await self.housekeeping.sweep()
@@ -96,7 +108,8 @@ class Services:
 
     async def _start_isolation(self) -> Isolation:
         name = self.settings.server.container_backend
-        isolation = isolation_class("oci" if name == "auto" else name)(backend_context(self.settings, name))
+        plugin = self._isolation_class or isolation_class("oci" if name == "auto" else name)
+        isolation = plugin(backend_context(self.settings, name))
         await isolation.start()
         return isolation
 
@@ -136,6 +149,8 @@ class Services:
                 default_ttl_seconds=settings.sandbox.ttl_seconds,
             ),
         )
+        self.files = FileAccess()
+        self.sockets = ThreadSocketFactory()
         self.gateway = Gateway(self.sockets, refused_patience_seconds=settings.proxy.dial_hold_seconds)
         self.manager.on_forget.append(self.gateway.forget)
         self.housekeeping = Housekeeping(
@@ -186,6 +201,7 @@ def build_asgi(services: Services) -> Front:
         "applier": services.applier,
         "execs": services.execs,
         "isolation": services.isolation,
+        "files": services.files,
     }
     dependencies = {name: Provide(_constant(value), sync_to_thread=False) for name, value in shared.items()}
     dependencies["any_sandbox"] = Provide(provide_any_sandbox, sync_to_thread=False)
@@ -266,15 +282,6 @@ async def _serve(settings: Settings) -> int:
         return 0 if server.started else 1
     finally:
         await services.stop()
-
-
-def _volume_options(settings: Settings) -> VolumeOptions:
-    return VolumeOptions(
-        kind=settings.files.volume,
-        disk_bytes=settings.sandbox.disk_mib << 20,
-        warm=settings.files.volume_warm,
-        host_reserve_bytes=settings.files.host_reserve_mib << 20,
-    )
 
 
 def _private_folder(path: Path) -> None:

@@ -6,7 +6,7 @@ gateway. Old-family requests are rewritten to the new form, so that everything b
 
 from __future__ import annotations
 
-from typing import Final, Literal, Protocol, cast
+from typing import Any, Final, Literal, Protocol, cast
 from urllib.parse import quote, unquote
 
 from litestar.enums import ScopeType
@@ -24,8 +24,10 @@ _PREFIX: Final = "/sandbox/"
 
 
 class ProxyHandler(Protocol):
+    """The gateway, spelled in plain ASGI terms."""
+
     async def __call__(
-        self, scope: Scope, receive: Receive, send: Send, target: Sandbox, port_text: str, raw_path: bytes
+        self, scope: Any, receive: Any, send: Any, target: Sandbox, port_text: str, raw_path: bytes
     ) -> None: ...
 
 
@@ -45,8 +47,8 @@ class Front:
         if isinstance(routed, tuple):
             sandbox, port_text, raw_path = routed
             if not sandbox.ready:
-                error = UnavailableError(f'sandbox "{sandbox.key}" is {sandbox.status}, not running')
-                await refuse(scope, receive, send, error)
+                not_ready = UnavailableError(f'sandbox "{sandbox.key}" is {sandbox.status}, not running')
+                await refuse(scope, receive, send, not_ready)
                 return
             await self._gateway(scope, receive, send, sandbox, port_text, raw_path)
         else:

@@ -10,6 +10,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -201,7 +202,7 @@ class Volumes:
 
     async def _discard_all(self, volume_ids: Iterable[str]) -> None:
         results = await asyncio.gather(
-            *(self._run(lambda volume_id=volume_id: self._store.discard(volume_id)) for volume_id in volume_ids),
+            *(self._run(partial(self._store.discard, volume_id)) for volume_id in volume_ids),
             return_exceptions=True,
         )
         for result in results:

@@ -1,0 +1,82 @@
+"""A hostile root without a container, and an HTTP server over the file API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from hiverd.api.errors import handle_error
+from hiverd.api.files import FilesController
+from hiverd.contracts.isolation import Workload
+from hiverd.files.access import FileAccess
+from hiverd.wire.events import Event
+from litestar import Litestar
+from litestar.di import Provide
+
+
+class RecordedEvents:
+    """An event sink that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def wants(self, event_type: type[Event]) -> bool:
+        return True
+
+    def emit(self, event: Event) -> int:
+        self.events.append(event)
+        return len(self.events)
+
+
+class FolderWorkload:
+    """As much of a workload as the file API sees."""
+
+    sandbox_id = "sandbox-1"
+
+    def __init__(self, root: Path, ids: tuple[int, int]) -> None:
+        self._root = root
+        self.root_ids = ids
+
+    def open_root(self) -> int:
+        return os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+class FolderSandbox:
+    """A sandbox whose root is a folder of the test."""
+
+    def __init__(self, root: Path, ids: tuple[int, int] = (0, 0), mounts: Sequence[tuple[str, str]] = ()) -> None:
+        self.root = root
+        self.workload = cast(Workload, FolderWorkload(root, ids))
+        self.events = RecordedEvents()
+        self.mounts = tuple(mounts)
+        self.touched = 0
+
+    def touch(self) -> None:
+        self.touched += 1
+
+
+def make_app(sandbox: FolderSandbox, files: FileAccess) -> Litestar:
+    return Litestar(
+        [FilesController],
+        dependencies={
+            "sandbox": Provide(lambda: sandbox, sync_to_thread=False, use_cache=False),
+            "files": Provide(lambda: files, sync_to_thread=False),
+        },
+        exception_handlers={Exception: cast(Callable[..., Any], handle_error)},
+    )
+
+
+@asynccontextmanager
+async def client_of(sandbox: FolderSandbox) -> AsyncIterator[httpx.AsyncClient]:
+    """A client whose base address is that of the sandbox."""
+    files = FileAccess()
+    transport = httpx.ASGITransport(make_app(sandbox, files))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test/sandbox/the-id/v1/key") as client:
+            yield client
+    finally:
+        files.close()
