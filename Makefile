@@ -40,7 +40,7 @@ lint: setup ## ruff, mypy, import-linter and shell syntax
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m mypy tests/support tests/contract tests/bench tests/conftest.py build examples
+	$(PYTHON) -m mypy tests/support tests/contract tests/bench tests/conftest.py build/demo.py
 	.venv/bin/lint-imports --no-logo
 	bash -n build/setup.sh .ci/run
 

@@ -78,8 +78,7 @@ def run_quick_start(python: Path, server: Server, narrator: Narrator) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in process.stdout or ():
             narrator.detail(line)
         code = process.wait(QUICK_START_SECONDS)
     if code != 0:

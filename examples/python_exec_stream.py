@@ -1,7 +1,7 @@
 """Runs a Python function inside a sandbox and shows its output while it comes.
 
-    pip install hiver-py
-    HIVER_GATEWAY_URL=http://localhost:10000 python examples/python_exec_stream.py
+pip install hiver-py
+HIVER_GATEWAY_URL=http://localhost:10000 python examples/python_exec_stream.py
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import hiver
 
 def primes(limit: int) -> None:
     """Runs inside the sandbox, so it can use nothing from this file."""
-    import time
+    import time  # noqa: PLC0415
 
     for number in range(2, limit):
         if all(number % divisor for divisor in range(2, number)):

@@ -1,7 +1,7 @@
 """Talks to an interactive Python inside a sandbox, on a terminal.
 
-    pip install hiver-py
-    HIVER_GATEWAY_URL=http://localhost:10000 python examples/python_exec_tty.py
+pip install hiver-py
+HIVER_GATEWAY_URL=http://localhost:10000 python examples/python_exec_tty.py
 """
 
 import asyncio

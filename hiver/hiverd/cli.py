@@ -211,13 +211,9 @@ def remove(server_url: str, keys: tuple[str, ...]) -> None:
 @main.command()
 def version() -> None:
     """Print the version."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
+    from hiverd import __version__
 
-    try:
-        click.echo(f"hiver {installed('hiver')}")
-    except PackageNotFoundError:
-        click.echo("hiver (not installed)")
+    click.echo(f"hiver {__version__}")
 
 
 COMMANDS: Final[dict[str, Callable[..., Any]]] = dict(main.commands)

@@ -50,7 +50,11 @@ class Server:
     def sandboxes(self) -> list[dict[str, Any]]:
         """All sandboxes as `{"id", "key", "status"}`."""
         answer = self._call("GET", "/controller/v1/sandboxes")
-        return answer if isinstance(answer, list) else []
+        if not isinstance(answer, list) or not all(
+            isinstance(ref, dict) and {"id", "key"} <= ref.keys() for ref in answer
+        ):
+            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+        return answer
 
     def delete(self, key: str) -> None:
         """Stops and removes a sandbox."""
@@ -74,7 +78,7 @@ class Server:
     def _call(self, method: str, path: str) -> Any:
         with self._request(method, path, None) as response:
             raw = response.read()
-        return json.loads(raw) if raw.strip() else None
+            return json.loads(raw) if raw.strip() else None
 
     def _stream(self, method: str, path: str, body: bytes | None) -> Iterator[dict[str, Any]]:
         with self._request(method, path, body) as response:

@@ -6,6 +6,7 @@ configurations call the plug-in by.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -17,6 +18,8 @@ from hiverd.contracts.isolation import Isolation
 from hiverd.contracts.snapshot import SnapshotStore
 
 T = TypeVar("T")
+
+log: Final = logging.getLogger(__name__)
 
 Group = Literal["hiver.isolation", "hiver.filesystems", "hiver.snapshots"]
 
@@ -85,6 +88,7 @@ def load(group: Group, name: str, *, field: str | None = None) -> type[Any]:
             raise BackendError(f"the plug-in {name} ({point.value}) is not installed completely") from error
         raise UnsupportedError(_explain_missing(group, name, error, field), field=field) from error
     except Exception as error:
+        log.exception("plug-in %s (%s) cannot be imported", name, point.value)
         raise BackendError(f"the plug-in {name} ({point.value}) cannot be imported; the log has the reason") from error
     return _checked(group, point, plugin)
 

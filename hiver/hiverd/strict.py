@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -26,6 +27,9 @@ MAX_DEPTH: Final = 64
 _MIN_INT: Final = -(2**63)
 _MAX_INT: Final = 2**64 - 1
 """Integers that every JSON encoder can write back."""
+_MANY_DIGITS: Final = re.compile(rb"[0-9]{19}")
+"""Only with so many digits in a row can a number exceed 64 bits; checking each number has its price."""
+_CONTAINERS: Final = (dict, list)
 _SHOWN_CHARACTERS: Final = 80
 _FEW_VALUES: Final = 4
 _known_types: Final[dict[type, inspect.Type]] = {}
@@ -70,7 +74,13 @@ def parse_json(raw: bytes) -> Any:
     nesting deeper than `MAX_DEPTH`.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_members, parse_constant=_refuse_constant)
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_members,
+            parse_float=_finite,
+            parse_int=_bounded if _MANY_DIGITS.search(raw) else None,
+            parse_constant=_refuse_constant,
+        )
     except UnicodeDecodeError as error:
         raise InvalidError(f"the body is not valid UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -104,31 +114,34 @@ def check_tree(value: Any) -> None:
     """Refuses what could be parsed but not be written back or walked safely. Needs no recursion itself."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below.extend(item)
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
-            else:
-                _check_scalar(item)
-        if not below:
-            return
-        level = below
-    raise InvalidError(f"the body is nested more than {MAX_DEPTH} levels deep")
+        level = [inner for item in level for inner in _inner_containers(item)]
+        if not level:
+            break
+    else:
+        raise InvalidError(f"the body is nested more than {MAX_DEPTH} levels deep")
+    try:
+        msgspec.json.encode(value)  # far faster than looking at each string here
+    except UnicodeEncodeError:
+        raise InvalidError("the body holds an unpaired surrogate, which is not text") from None
 
 
-def _check_scalar(item: object) -> None:
-    if isinstance(item, str):
-        try:
-            item.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InvalidError("the body holds an unpaired surrogate, which is not text") from None
-    elif (isinstance(item, float) and not math.isfinite(item)) or (
-        isinstance(item, int) and not _MIN_INT <= item <= _MAX_INT
-    ):
+def _inner_containers(item: Any) -> list[Any]:
+    inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    return [value for value in inner if isinstance(value, _CONTAINERS)]
+
+
+def _bounded(digits: str) -> int:
+    number = int(digits)
+    if not _MIN_INT <= number <= _MAX_INT:
         raise InvalidError("the body holds a number that is out of range")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise InvalidError("the body holds a number that is out of range")
+    return number
 
 
 def build(cls: type[T], value: Any, path: str = "") -> T:
@@ -326,7 +339,7 @@ def _name_of_json(value: object) -> str:
 
 def _refuse_type(path: str, kind: inspect.Type, value: object) -> NoReturn:
     got = f"{value}" if isinstance(value, float) else _name_of_json(value)
-    fail(path or "the body", f"expected {_name_of_type(kind)}, got {got}")
+    fail(path, f"{'' if path else 'the body: '}expected {_name_of_type(kind)}, got {got}")
 
 
 def to_builtins(value: Any) -> Any:

@@ -18,9 +18,11 @@ from contract.scenarios.context import Context
 
 
 def _render(error: BaseException) -> str:
-    """A traceback with local variables, since assertions are not rewritten here."""
+    """A traceback with local variables, since assertions are not rewritten here; without the event loop's frames."""
     exception = traceback.TracebackException.from_exception(error, capture_locals=True)
-    return "".join(exception.format())[-6000:]
+    frames = [frame for frame in exception.stack if "/asyncio/" not in frame.filename and frame.filename != __file__]
+    exception.stack = traceback.StackSummary.from_list(frames)
+    return "".join(exception.format())[-4000:]
 
 
 async def _run_one(version: str, request: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 import websockets
+from websockets.exceptions import InvalidStatus
 
 from contract.raw import create, error_of
 from support.server import Server
@@ -103,7 +104,7 @@ async def test_a_proxied_path_cannot_climb_out(http: httpx.AsyncClient, new_key:
 
 async def test_foreign_websockets_are_refused(server: Server, http: httpx.AsyncClient, new_key: NewKey) -> None:
     ref = await create(http, new_key())
-    with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
+    with pytest.raises(InvalidStatus) as refused:
         await websockets.connect(
             f"ws://127.0.0.1:{server.port}{ref.api('/exec')}", origin=websockets.Origin("https://evil.example")
         )

@@ -12,6 +12,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from schemathesis.core.result import Ok
 
 from contract.raw import create
@@ -49,6 +50,28 @@ def test_every_route_of_the_contract_is_described(server: Server) -> None:
     for operation in ("ping", "ports", "info", "config", "exec", "directories", "events", "file", "snapshot"):
         assert any(path.rstrip("/").endswith(f"/{operation}") for path in paths), operation
     assert any("/exec-stream/" in path and path.endswith("/stdin") for path in paths)
+
+
+def test_bodies_are_described(server: Server) -> None:
+    paths = fetch_schema(server)["paths"]
+    wanted = {
+        ("/v1/sandboxes/{key}", "post"): "entrypoint",
+        ("/controller/v1/sandboxes/{key}", "put"): "entrypoint",
+        ("/config", "put"): "egress",
+        ("/exec", "post"): "command",
+        ("/exec-stream/{exec_id}", "post"): "tty",
+        ("/stdin", "post"): "data",
+        ("/snapshot", "post"): "files",
+    }
+    for (ending, method), member in wanted.items():
+        [operation] = [
+            methods[method] for path, methods in paths.items() if path.endswith(ending) and method in methods
+        ]
+        assert f'"{member}"' in json.dumps(operation.get("requestBody")), (method, ending)
+    assert not [path for path in paths if '"format": "uri"' in json.dumps(paths[path])], "paths of files are no URIs"
+    for ending in ("/directories", "/{key}/file"):
+        [listing] = [methods["get"] for path, methods in paths.items() if path.endswith(ending)]
+        assert "path" in [parameter["name"] for parameter in listing["parameters"]]
 
 
 async def test_no_request_makes_the_server_fail(
@@ -89,7 +112,10 @@ def _fuzz_operation(server: Server, operation: Any, known: dict[str, str]) -> li
                 f"{status} {case.method} {case.formatted_path} {case.query} {case.body!r:.300}: {text[:300]}"
             )
 
-    attempt()
+    try:
+        attempt()
+    except Unsatisfiable as error:
+        raise AssertionError(f"no request can be made for {operation.label}: {error}") from error
     return failures
 
 

@@ -58,10 +58,16 @@ async def test_a_body_needs_no_content_type(http: httpx.AsyncClient, new_key: Ne
     assert empty.status_code == 201
 
 
-async def test_unknown_members_are_ignored(http: httpx.AsyncClient, new_key: NewKey) -> None:
-    """Newer clients may send members that we do not know; `request_cpu` and `isolation` mean nothing here."""
-    body = {"request_cpu": 0.25, "isolation": "container", "a_member_of_the_future": {"x": 1}}
+async def test_members_without_a_meaning_here_are_accepted(http: httpx.AsyncClient, new_key: NewKey) -> None:
+    """Some clients send `isolation`, others `request_cpu` (PROTOCOL 4.1)."""
+    body = {"request_cpu": 0.25, "isolation": "container"}
     assert (await http.post(f"/v1/sandboxes/{new_key()}", json=body)).status_code == 201
+
+
+async def test_unknown_members_are_refused_by_name(http: httpx.AsyncClient, new_key: NewKey) -> None:
+    """What the server does not understand is never silently ignored."""
+    answer = await http.post(f"/v1/sandboxes/{new_key()}", json={"a_member_of_the_future": {"x": 1}})
+    assert "a_member_of_the_future" in error_of(answer, 400)
 
 
 async def test_other_languages_default_egress(http: httpx.AsyncClient, new_key: NewKey) -> None:
@@ -153,7 +159,7 @@ async def test_answers_hold_no_null(http: httpx.AsyncClient, new_key: NewKey) ->
         (await http.post(ref.api("/exec"), json={"command": "true"})).json(),
     ]
     assert "null" not in json.dumps(everything).replace('"null"', "")
-    assert "fs" not in everything[1]["config"], "PUT without fs removes all mounts, and fs must not be an empty list"
+    assert "fs" not in everything[0], "a sandbox without mounts: fs must not be an empty list"
 
 
 async def test_apply_is_exclusive(http: httpx.AsyncClient, new_key: NewKey) -> None:
@@ -179,7 +185,7 @@ async def test_apply_is_exclusive(http: httpx.AsyncClient, new_key: NewKey) -> N
 
 async def test_put_replaces_the_whole_configuration(http: httpx.AsyncClient, new_key: NewKey) -> None:
     ref = await create(http, new_key(), ttl=99, egress=[{"access": "deny", "host": "x"}], env={"KEEP": "me"})
-    answer = (await http.put(ref.api("/config"), json={})).json()
+    answer = (await http.put(ref.api("/config"), json={"fs": []})).json()
     assert answer["applied"] is True
     assert [mount["mount"] for mount in answer["changes"]["fs"]["removed"]] == ["/workspace"]
     assert [rule["host"] for rule in answer["changes"]["egress"]["removed"]] == ["x"]
@@ -188,6 +194,8 @@ async def test_put_replaces_the_whole_configuration(http: httpx.AsyncClient, new
     assert "fs" not in config
     assert config["env"] == {"KEEP": "me"}
     assert config == answer["config"]
+    back = (await http.put(ref.api("/config"), json={})).json()
+    assert [mount["mount"] for mount in back["changes"]["fs"]["added"]] == ["/workspace"], "absent is the default (0.3)"
 
 
 async def test_a_proxied_port_that_is_not_one_is_an_error(http: httpx.AsyncClient, new_key: NewKey) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final, Self
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-HIVER: Final = Path(sys.executable).parent / "hiver"
+HIVER: Final = os.environ.get("HIVER_TEST_COMMAND") or str(Path(sys.executable).parent / "hiver")
+"""The command under test; `HIVER_TEST_COMMAND` names another one, such as the single binary."""
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 60.0
 LOG_TAIL_BYTES: Final = 8000
@@ -93,7 +94,7 @@ class Server:
 
     def command(self) -> list[str]:
         """The argv of the server."""
-        argv = [str(HIVER), "serve", "--port", str(self.port), "--data-dir", str(self.data_dir)]
+        argv = [HIVER, "serve", "--port", str(self.port), "--data-dir", str(self.data_dir)]
         argv += ["--config", str(self.config_path)]
         if self.ephemeral:
             argv.append("--ephemeral")

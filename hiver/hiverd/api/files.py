@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 from litestar import Controller, Request, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Dependency
+from litestar.params import Parameter
 from litestar.status_codes import HTTP_200_OK
 from litestar.types import ASGIApp
 from msgspec import Struct
@@ -16,14 +16,15 @@ from hiverd.api.documents import bytes_body, describe
 from hiverd.api.file_responses import DirectoryListing, FileDownload
 from hiverd.api.file_uploads import UploadForm, body_of
 from hiverd.contracts.errors import InvalidError
-from hiverd.files.access import DirectoryEntry, FileAccess, Sandbox, Written
+from hiverd.files.access import DirectoryEntry, FileAccess, Written
 from hiverd.files.paths import path_from_url, query_value
+from hiverd.sandboxes.sandbox import Sandbox
 
 _BASE_SEGMENTS: Final = 5
 """`file` is number five when `/sandbox/{ref}/v1/{key}/file` is split at its slashes."""
 
-TheSandbox = Annotated[Sandbox, Dependency(skip_validation=True)]
-TheFiles = Annotated[FileAccess, Dependency(skip_validation=True)]
+QueryPath = Annotated[str | None, Parameter(description="Absolute path inside the sandbox")]
+"""Declared for the API's description. Handlers take the value from the raw query, where odd bytes survive."""
 
 
 def _path_in_url(request: Request[Any, Any, Any]) -> bytes:
@@ -38,10 +39,10 @@ def _path_in_url(request: Request[Any, Any, Any]) -> bytes:
     return path
 
 
-def _path_in_query(request: Request[Any, Any, Any]) -> bytes:
+def _path_in_query(request: Request[Any, Any, Any], declared: str | None) -> bytes:
     """`?path=` of the clients up to 0.1.23. Raises `InvalidError` if it is absent, empty or relative."""
     path = query_value(request.scope["query_string"], "path")
-    if not path:
+    if not declared or not path:
         raise InvalidError("query parameter 'path' is missing", field="path")
     if not path.startswith(b"/"):
         raise InvalidError("path must be absolute", field="path")
@@ -72,17 +73,22 @@ class FilesController(Controller):
 
     @get("/file/{path:path}", summary="Read a file", responses=_DOWNLOAD)
     async def read(
-        self, request: Request[Any, Any, Any], sandbox: TheSandbox, files: TheFiles, offset: int = 0
+        self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess, offset: int = 0
     ) -> ASGIApp:
         """The bytes from `offset` on."""
         return FileDownload(await files.read(sandbox, _path_in_url(request), offset))
 
     @get("/file", summary="Read a file, for clients up to 0.1.23", responses=_DOWNLOAD)
     async def read_by_query(
-        self, request: Request[Any, Any, Any], sandbox: TheSandbox, files: TheFiles, offset: int = 0
+        self,
+        request: Request[Any, Any, Any],
+        sandbox: Sandbox,
+        files: FileAccess,
+        path: QueryPath = None,
+        offset: int = 0,
     ) -> ASGIApp:
         """`path` is absolute."""
-        return FileDownload(await files.read(sandbox, _path_in_query(request), offset))
+        return FileDownload(await files.read(sandbox, _path_in_query(request, path), offset))
 
     @post(
         "/file/{path:path}",
@@ -91,12 +97,12 @@ class FilesController(Controller):
         operation_class=bytes_body("The file's content; may be empty"),
         responses=_WRITING,
     )
-    async def write(self, request: Request[Any, Any, Any], sandbox: TheSandbox, files: TheFiles) -> Written:
+    async def write(self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess) -> Written:
         """Makes missing parents; replaces an existing file when everything has arrived."""
         return await files.write(sandbox, _path_in_url(request), body_of(request))
 
     @post("/file", status_code=HTTP_200_OK, summary="Write a file, for clients up to 0.1.23", responses=_WRITING)
-    async def write_form(self, request: Request[Any, Any, Any], sandbox: TheSandbox, files: TheFiles) -> Written:
+    async def write_form(self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess) -> Written:
         """`multipart/form-data`: `destination`, an absolute directory, and then `file`, whose file name is used."""
         form = UploadForm(request.headers.get("content-type", ""), body_of(request))
         await form.open()
@@ -104,19 +110,23 @@ class FilesController(Controller):
         return await files.write(sandbox, path, form.content())
 
     @delete("/file/{path:path}", summary="Remove a file or an empty directory", responses=describe())
-    async def remove(self, request: Request[Any, Any, Any], sandbox: TheSandbox, files: TheFiles) -> None:
+    async def remove(self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess) -> None:
         """A link is removed itself, not what it leads to."""
         await files.delete(sandbox, _path_in_url(request))
 
     @delete("/file", summary="Remove a file, for clients up to 0.1.23", responses=describe())
-    async def remove_by_query(self, request: Request[Any, Any, Any], sandbox: TheSandbox, files: TheFiles) -> None:
+    async def remove_by_query(
+        self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess, path: QueryPath = None
+    ) -> None:
         """`path` is absolute."""
-        await files.delete(sandbox, _path_in_query(request))
+        await files.delete(sandbox, _path_in_query(request, path))
 
     @get("/directories", summary="List a directory", responses=_LISTING)
-    async def list_directory(self, request: Request[Any, Any, Any], sandbox: TheSandbox, files: TheFiles) -> ASGIApp:
+    async def list_directory(
+        self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess, path: QueryPath = None
+    ) -> ASGIApp:
         """`path` may be empty, which is the root. Sorted by name unless the directory is very large."""
-        path = query_value(request.scope["query_string"], "path")
-        if path is None:
+        raw = query_value(request.scope["query_string"], "path")
+        if path is None or raw is None:
             raise InvalidError("query parameter 'path' is missing", field="path")
-        return await DirectoryListing.of(files.list_directory(sandbox, path))
+        return await DirectoryListing.of(files.list_directory(sandbox, raw))

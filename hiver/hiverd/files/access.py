@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -13,7 +14,7 @@ from msgspec import Struct
 
 from hiverd.contracts.errors import HiverError, InvalidError
 from hiverd.contracts.isolation import Workload
-from hiverd.files import rooted, staged
+from hiverd.files import linux, rooted, staged
 from hiverd.files.failures import failure
 from hiverd.files.paths import clean, mount_of, names_below, shown
 from hiverd.files.threads import FileThreads, Guarded
@@ -168,6 +169,7 @@ class FileAccess:
 
     def __init__(self, threads: FileThreads | None = None) -> None:
         self._threads = threads or FileThreads()
+        linux.keep_freed_memory()
 
     def close(self) -> None:
         self._threads.close()
@@ -264,29 +266,44 @@ class FileAccess:
 
 
 class _Upload:
-    """Feeds a staged file in big pieces."""
+    """Feeds a staged file in big pieces: one is written in a thread while the next one is received."""
 
     def __init__(self, threads: FileThreads, sandbox: Sandbox, file: staged.StagedFile) -> None:
         self._threads = threads
         self._sandbox = sandbox
         self._file = Guarded(file)
+        self._writing: asyncio.Task[None] | None = None
 
     async def receive(self, content: AsyncIterator[bytes]) -> None:
         try:
-            pending: list[bytes] = []
-            pending_bytes = 0
-            async for data in content:
-                pending.append(data)
-                pending_bytes += len(data)
-                if pending_bytes >= PIECE_BYTES:
-                    await self._write(pending)
-                    pending, pending_bytes = [], 0
-            if pending:
-                await self._write(pending)
+            await self._write_all(content)
             # Closed before the answer goes out: a script still open for writing cannot be executed.
             await self._run(staged.StagedFile.finish)
         finally:
+            if self._writing is not None:
+                self._writing.add_done_callback(_retrieve)
+                self._writing.cancel()
             self._threads.dispose(self._file)
+
+    async def _write_all(self, content: AsyncIterator[bytes]) -> None:
+        pending: list[bytes] = []
+        pending_bytes = 0
+        async for data in content:
+            pending.append(data)
+            pending_bytes += len(data)
+            if pending_bytes >= PIECE_BYTES:
+                await self._written()
+                self._writing = asyncio.create_task(self._write(pending), name="files:write")
+                pending, pending_bytes = [], 0
+        await self._written()
+        if pending:
+            await self._write(pending)
+
+    async def _written(self) -> None:
+        """Waits for the piece that is being written, if there is one."""
+        if self._writing is not None:
+            await self._writing
+            self._writing = None
 
     async def _write(self, pieces: list[bytes]) -> None:
         await self._run(lambda file: file.write(pieces))
@@ -294,6 +311,12 @@ class _Upload:
 
     async def _run(self, function: Callable[[staged.StagedFile], None]) -> None:
         await self._threads.run(self._sandbox.workload.sandbox_id, lambda: self._file.use(function))
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    # What went wrong first is being raised already.
+    if not task.cancelled():
+        task.exception()
 
 
 def _in_root(workload: Workload, function: Callable[[int], T]) -> T:

@@ -10,7 +10,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 SYS_OPENAT2: Final = 437
@@ -27,6 +27,8 @@ MS_NOATIME: Final = 1024
 MNT_DETACH: Final = 2
 EXT4_MAGIC: Final = 0xEF53
 
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
 _CAPABILITY_VERSION_3: Final = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,6 +69,17 @@ def mount(source: str, target: str, filesystem: str, flags: int, options: str) -
 def umount(target: str, flags: int = 0) -> None:
     """`umount2(2)`. `EINVAL`: nothing is mounted there."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep up to 16 MiB of freed memory, for the whole process; a no-op with another C library.
+
+    Bodies arrive in pieces of 256 KiB. With the defaults each piece's memory goes back to the kernel and comes again,
+    page by page: an upload of 1 GiB took 100,000 page faults and twice the time.
+    """
+    with suppress(AttributeError):
+        _libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
 class _CapabilityHeader(ctypes.Structure):

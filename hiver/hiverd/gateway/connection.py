@@ -13,8 +13,12 @@ from typing import Final, cast
 
 from hiverd.gateway.http1 import ProtocolError, ResponseHead, ResponseParser
 
-READ_HIGH_WATER_BYTES: Final = 128 * 1024
-"""Reading from the peer pauses while this much of the body waits for its reader."""
+READ_BYTES: Final = 64 * 1024
+"""Taken from the peer at a time. What was taken has to be consumed before more is read, so a peer that sends something that
+is costly to parse, such as tiny chunks, holds the event loop for no longer than this takes."""
+
+_read_buffer = memoryview(bytearray(READ_BYTES))
+"""One for all connections: it is filled and copied from within one call of the event loop."""
 
 
 class UpstreamError(Exception):
@@ -26,7 +30,7 @@ class UpstreamError(Exception):
         """No byte of an answer had arrived, so an idempotent request may be sent again (RFC 9110 9.2.2)."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection to one upstream."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, authority: bytes) -> None:
@@ -38,7 +42,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: ResponseParser | None = None
         self._pieces: list[bytes] = []
-        self._buffered_bytes = 0
+        self._unread_bytes = 0
         self._answered = False
         self._error: UpstreamError | None = None
         self._closed = False
@@ -111,7 +115,7 @@ class Connection(asyncio.Protocol):
         pieces = self._pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
-        self._buffered_bytes = 0
+        self._unread_bytes = 0
         if self._reading_paused and self._transport is not None and not self._closed:
             self._reading_paused = False
             self._transport.resume_reading()
@@ -162,12 +166,16 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
         self._wake()
 
-    # asyncio.Protocol
+    # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 -- the loop passes it
+        return _read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(_read_buffer[:nbytes])
         parser = self._parser
         if parser is None or self._error is not None:
             self.abort("the upstream spoke out of turn")
@@ -183,8 +191,8 @@ class Connection(asyncio.Protocol):
                 return
         if body:
             self._pieces.append(body)
-            self._buffered_bytes += len(body)
-        if (self._buffered_bytes > READ_HIGH_WATER_BYTES or parser.excess) and not self._reading_paused:
+        self._unread_bytes += nbytes
+        if (self._unread_bytes >= READ_BYTES or parser.excess) and not self._reading_paused:
             self._pause_reading()
         self._wake()
 

@@ -83,19 +83,14 @@ class Pool:
         Raises `DialError` at once for anything else. `namespace` None dials from the host, never to its loopback.
         """
         deadline = self._loop.time() + refused_patience_seconds
-        sockets: dict[str, socket.socket] = {}
-        try:
-            while True:
-                connected = await self._try_addresses(namespace, addresses, port, sockets)
-                if connected is not None:
-                    return await self._adopt(connected, sockets.pop(connected), port)
-                wait_seconds = min(RETRY_INTERVAL_SECONDS, deadline - self._loop.time())
-                if wait_seconds <= 0:
-                    raise NothingListensError(f"nothing listens on port {port} in the sandbox")
-                await asyncio.sleep(wait_seconds)
-        finally:
-            for sock in sockets.values():
-                sock.close()
+        while True:
+            connection = await self._try_addresses(namespace, addresses, port)
+            if connection is not None:
+                return connection
+            wait_seconds = min(RETRY_INTERVAL_SECONDS, deadline - self._loop.time())
+            if wait_seconds <= 0:
+                raise NothingListensError(f"nothing listens on port {port} in the sandbox")
+            await asyncio.sleep(wait_seconds)
 
     def close(self) -> None:
         """Closes all connections, those in use as well. Whoever waits on one gets an error."""
@@ -107,27 +102,19 @@ class Pool:
         for connection in tuple(self._connections):
             self.discard(connection)
 
-    async def _try_addresses(
-        self, namespace: str | None, addresses: Sequence[str], port: int, sockets: dict[str, socket.socket]
-    ) -> str | None:
-        """The address that accepted, its connected socket being in `sockets`; None if all refused."""
+    async def _try_addresses(self, namespace: str | None, addresses: Sequence[str], port: int) -> Connection | None:
+        """A connection to the first address that accepts; None if all refuse."""
         missing: OSError | None = None
         refused = False
         for address in addresses:
             try:
-                # A refused socket is used again for the next attempt (Linux allows it), so retries cost no thread.
-                if address not in sockets:
-                    sockets[address] = await self._open(namespace, address)
-                async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-                    await self._loop.sock_connect(sockets[address], (address, port))
+                return await self._connect(namespace, address, port)
             except ConnectionRefusedError:
                 refused = True
             except OSError as error:  # TimeoutError is one, too
                 if error.errno not in _FAMILY_MISSING:
                     raise DialError(f"cannot connect to port {port} in the sandbox") from error
                 missing = error
-            else:
-                return address
         if not refused:
             raise DialError(f"cannot connect to port {port} in the sandbox") from missing
         return None
@@ -141,16 +128,17 @@ class Pool:
             SocketRequest(family=family_of(address), options=((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),))
         )
 
-    async def _adopt(self, address: str, sock: socket.socket, port: int) -> Connection:
+    async def _connect(self, namespace: str | None, address: str, port: int) -> Connection:
+        sock = await self._open(namespace, address)
         authority = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         connection = Connection(self._loop, sock, authority.encode("ascii"))
         try:
-            await self._loop.create_connection(lambda: connection, sock=sock)
-        except BaseException as error:
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                await self._loop.sock_connect(sock, (address, port))
+                await self._loop.create_connection(lambda: connection, sock=sock)
+        except BaseException:
             connection.abort()
             sock.close()
-            if isinstance(error, OSError):
-                raise DialError(f"cannot connect to port {port} in the sandbox") from error
             raise
         if self._closed:
             connection.abort()

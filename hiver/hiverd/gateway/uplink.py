@@ -12,6 +12,8 @@ from hiverd.gateway.connection import Connection
 
 MAX_EARLY_BYTES: Final = 256 * 1024
 """How much of a body is taken from the client while there is no connection yet."""
+MAX_REPLAY_BYTES: Final = 64 * 1024
+"""How much of a body is kept in case that a kept connection turns out to be closed."""
 EXPECT_PATIENCE_SECONDS: Final = 1.0
 """How long a client that sent `Expect: 100-continue` waits for the target's consent (RFC 9110 10.1.1)."""
 
@@ -39,15 +41,11 @@ class Uplink:
         self._connection: Connection | None = None
         self._attached: asyncio.Future[None] = loop.create_future()
         self._answered: asyncio.Future[None] = loop.create_future()
-        self._early: list[bytes] = []
-        self._early_bytes = 0
-        self._lost_pieces = False
+        self.replayable = True
+        """All that was sent of the body is still at hand, so that the request can be sent once more."""
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def replayable(self) -> bool:
-        """The whole body is still at hand, so that the request can be sent once more."""
-        return self.complete and not self._lost_pieces
 
     def start(self) -> None:
         """Begins to read. Idempotent."""
@@ -57,11 +55,9 @@ class Uplink:
     def attach(self, connection: Connection) -> None:
         """Sends what was received so far to this connection, and from now on the rest as it comes."""
         self._connection = connection
-        if self._early:
-            connection.write(b"".join(self._early))
-        if not self.complete:
-            self._lost_pieces = self._lost_pieces or bool(self._early)
-            self._early.clear()
+        if self._kept:
+            connection.write(b"".join(self._kept))
+        self._limit_kept()
         if not self._attached.done():
             self._attached.set_result(None)
 
@@ -115,15 +111,21 @@ class Uplink:
             self.complete = True
             self._recorder.request()
         data = _as_chunk(body, last=not more) if self._chunked else body
+        if self.replayable:
+            self._kept.append(data)
+            self._kept_bytes += len(data)
         if self._connection is not None:
-            self._lost_pieces = True
             self._connection.write(data)
+            self._limit_kept()
             await self._connection.drain()
-            return
-        self._early.append(data)
-        self._early_bytes += len(data)
-        if more and self._early_bytes > MAX_EARLY_BYTES:
+        elif more and self._kept_bytes > MAX_EARLY_BYTES:
             await self._attached
+
+    def _limit_kept(self) -> None:
+        if self._kept_bytes > MAX_REPLAY_BYTES:
+            self.replayable = False
+            self._kept.clear()
+            self._kept_bytes = 0
 
     def _leave(self) -> None:
         if not self.gone.done():

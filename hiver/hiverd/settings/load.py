@@ -105,15 +105,17 @@ def _plain(kind: inspect.Type) -> inspect.Type:
 
 
 def _read_environment(environ: Mapping[str, str]) -> Document:
+    """Tables come before single keys of theirs, and so are overridden by them: `HIVER_OCI`, `HIVER_OCI_RUNTIME`."""
     layer: Document = {}
     given_by: dict[tuple[str, str], str] = {}
+    names = environment_names()
     for variable in sorted(environ):
         if not variable.startswith(PREFIX) or variable in FOREIGN_VARIABLES or variable.startswith(FOREIGN_PREFIXES):
             continue
         for section, table in _read_variable(variable, environ[variable]).items():
             for key, value in table.items():
                 other = given_by.setdefault((section, key), variable)
-                if other != variable and layer[section][key] != value:
+                if variable in names and other != variable and layer[section][key] != value:
                     raise SettingsError(f"{variable}: contradicts {other}, which is the same setting")
                 layer.setdefault(section, {})[key] = value
     return layer

@@ -74,7 +74,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     max_request_body_bytes: Annotated[
         int,
         Meta(description="Largest JSON body of a request. Uploaded files and proxied requests have no limit.", ge=1024),
-    ] = 8 * 1024 * 1024
+    ] = 4 * 1024 * 1024
     shutdown_timeout_seconds: Annotated[
         float,
         Meta(description="How long a stopping server waits for requests that are under way.", ge=0, le=3600),

@@ -69,6 +69,19 @@ async def shutdown_removes_the_sandbox(context: Context) -> None:
     assert sandbox.key in str(error)
 
 
+@scenario(spread="ends", seconds=90)
+async def shutdown_waits_for_a_stubborn_workload(context: Context) -> None:
+    """A workload that ignores SIGTERM gets its grace (PROTOCOL 0.16); the client's own time limit is shorter."""
+    key = context.new_key()
+    async with context.http() as http:
+        body = {"entrypoint": ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]}
+        assert (await http.post(f"/v1/sandboxes/{key}", json=body)).status_code == 201
+    sandbox = await context.create(key)
+    await sandbox.exec("true")
+    await context.shutdown(sandbox)
+    assert await context.listed(key) is None
+
+
 @scenario()
 async def a_key_can_be_used_again(context: Context) -> None:
     key = context.new_key()

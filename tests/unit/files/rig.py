@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import httpx
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.exceptions import LitestarDeprecationWarning
+
 from hiverd.api.errors import handle_error
 from hiverd.api.files import FilesController
 from hiverd.contracts.isolation import Workload
 from hiverd.files.access import FileAccess
+from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.events import Event
-from litestar import Litestar
-from litestar.di import Provide
 
 
 class RecordedEvents:
@@ -45,29 +49,41 @@ class FolderWorkload:
         return os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-class FolderSandbox:
+class FolderSandbox(Sandbox):
     """A sandbox whose root is a folder of the test."""
 
     def __init__(self, root: Path, ids: tuple[int, int] = (0, 0), mounts: Sequence[tuple[str, str]] = ()) -> None:
         self.root = root
-        self.workload = cast(Workload, FolderWorkload(root, ids))
-        self.events = RecordedEvents()
-        self.mounts = tuple(mounts)
+        self.recorded = RecordedEvents()
+        self.events = cast("Any", self.recorded)
         self.touched = 0
+        self._fake = cast("Workload", FolderWorkload(root, ids))
+        self._mounts = tuple(mounts)
+
+    @property
+    def workload(self) -> Workload:
+        return self._fake
+
+    @property
+    def mounts(self) -> Sequence[tuple[str, str]]:
+        return self._mounts
 
     def touch(self) -> None:
         self.touched += 1
 
 
 def make_app(sandbox: FolderSandbox, files: FileAccess) -> Litestar:
-    return Litestar(
-        [FilesController],
-        dependencies={
-            "sandbox": Provide(lambda: sandbox, sync_to_thread=False, use_cache=False),
-            "files": Provide(lambda: files, sync_to_thread=False),
-        },
-        exception_handlers={Exception: cast(Callable[..., Any], handle_error)},
-    )
+    with warnings.catch_warnings():
+        # Dependencies that are matched by name; the whole server's composition decides about that.
+        warnings.simplefilter("ignore", LitestarDeprecationWarning)
+        return Litestar(
+            [FilesController],
+            dependencies={
+                "sandbox": Provide(lambda: sandbox, sync_to_thread=False, use_cache=False),
+                "files": Provide(lambda: files, sync_to_thread=False),
+            },
+            exception_handlers={Exception: cast(Callable[..., Any], handle_error)},
+        )
 
 
 @asynccontextmanager

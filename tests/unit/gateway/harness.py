@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import uvicorn
 
@@ -84,6 +84,7 @@ class Front:
                 date_header=False,
                 server_header=False,
                 ws_ping_interval=None,
+                ws_per_message_deflate=False,
                 timeout_graceful_shutdown=2,
             )
         )
@@ -114,7 +115,7 @@ class Front:
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
 
-    def __enter__(self) -> Front:
+    def __enter__(self) -> Self:
         self._thread.start()
         deadline = time.monotonic() + 10
         while not self._server.started:
@@ -155,7 +156,9 @@ class Upstream:
 
 
 @contextlib.asynccontextmanager
-async def upstream(namespace: str, handler: Handler, *, address: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Upstream]:
+async def upstream(
+    namespace: str, handler: Handler, *, address: str = "127.0.0.1", port: int = 0
+) -> AsyncIterator[Upstream]:
     """Runs `handler` for each connection to a new listener inside the namespace."""
     listener = await ThreadSocketFactory().listen_tcp(namespace, address, port)
     state = Upstream(listener.getsockname()[1])

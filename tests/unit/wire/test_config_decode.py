@@ -41,7 +41,9 @@ def test_both_spellings_of_async() -> None:
         assert config.fs is not None
         assert config.fs[0].async_ is True
         assert config_to_wire(config, family="new")["fs"] == [{**mount, "async": True}]
-    assert refusal({"fs": [{**mount, "async": True, "async_": False}]}).message.startswith("fs[0].async: is given twice")
+    assert refusal({"fs": [{**mount, "async": True, "async_": False}]}).message.startswith(
+        "fs[0].async: is given twice"
+    )
 
 
 def test_spelling_is_made_uniform() -> None:
@@ -103,10 +105,10 @@ RULE = {"access": "allow", "host": "h"}
         ({"env": {"a b": 1}}, 'env["a b"]: expected a string, got a number', 'env["a b"]'),
         ({"env": ["A=b"]}, "env: expected an object, got a list", "env"),
         ({"isolation": "vm"}, 'isolation: must be "container" or "microvm", got "vm"', "isolation"),
-        ([], "the body: expected an object, got a list", "the body"),
+        ([], "the body: expected an object, got a list", None),
     ],
 )
-def test_wrong_shapes_name_the_member(document: object, message: str | None, field: str) -> None:
+def test_wrong_shapes_name_the_member(document: object, message: str | None, field: str | None) -> None:
     error = refusal(document)
     assert error.status == 400
     assert error.field == field
@@ -135,7 +137,11 @@ def test_whole_floats_are_integers() -> None:
         b'\xef\xbb\xbf{"cpu": 1}',
         b"[" * 100_000,
         b'{"a":' * 50_000,
-        b'{"egress": [{"access": "allow", "host": "h", "override": {"body": ' + b'{"a":' * 80 + b"1" + b"}" * 84 + b"]}",
+        b'{"egress": [{"access": "allow", "host": "h", "override": {"body": '
+        + b'{"a":' * 80
+        + b"1"
+        + b"}" * 84
+        + b"]}",
         b'{"egress": [], "egress": [{"access": "allow", "host": "*"}]}',
         b'{"cpu": 1} x',
     ],
@@ -154,7 +160,21 @@ json_values = st.recursive(
 )
 MEMBERS = [
     *SandboxConfig.__struct_fields__,
-    *("mount", "backend", "acls", "access", "host", "ports", "override", "body", "path", "vm", "files", "key", "async_"),
+    *(
+        "mount",
+        "backend",
+        "acls",
+        "access",
+        "host",
+        "ports",
+        "override",
+        "body",
+        "path",
+        "vm",
+        "files",
+        "key",
+        "async_",
+    ),
 ]
 
 
@@ -163,7 +183,12 @@ def nested(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 
 
 likely_configs = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(["local", "allow", "/"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["local", "allow", "/"]),
     nested,
     max_leaves=25,
 )

@@ -34,7 +34,7 @@ def remote(backend: str, **members: Any) -> dict[str, Any]:
     return {"fs": [{"mount": "/m", "backend": backend, **members}]}
 
 
-DENY = 'is only possible on an allow rule'
+DENY = "is only possible on an allow rule"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cpu": 0}, "cpu: must be > 0"),
     ({"cpu": -1}, "cpu: must be > 0"),
@@ -138,7 +138,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"snapshot": {"restore_key": "a" * 65}}, "snapshot.restore_key: must be"),
     ({"snapshot": {"write_key": ""}}, "snapshot.write_key: must be"),
     ({"snapshot": {"include": []}}, "snapshot.include: must not be empty"),
-    ({"snapshot": {"files": {"key": "a", "include": ["/a/../b"]}}}, "snapshot.files.include[0]: must be a path pattern"),
+    (
+        {"snapshot": {"files": {"key": "a", "include": ["/a/../b"]}}},
+        "snapshot.files.include[0]: must be a path pattern",
+    ),
     ({"snapshot": {"files": {"key": "a", "mount": "x"}}}, "snapshot.files.mount: must be an absolute path"),
     (
         {"snapshot": {"files": {"key": "a", "mount": "/x"}}, "fs": [local("/y")]},
@@ -148,7 +151,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("document", "message"), REFUSED, ids=lambda value: value[:60] if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("document", "message"), REFUSED, ids=lambda value: value[:60] if isinstance(value, str) else ""
+)
 def test_refused(document: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidError) as caught:
         check(document)

@@ -1,0 +1,193 @@
+"""Control groups of our sandboxes, in version 1, hybrid and version 2 layouts.
+
+Every sandbox has the group `/hiver-<instance>/<sandbox id>` in each hierarchy. The runtime makes it; we read it, kill
+what is in it, and remove it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+from hiverd.contracts.isolation import Usage
+
+ROOT: Final = Path("/sys/fs/cgroup")
+_PARENT_SHARES_V1: Final = 256
+_PARENT_WEIGHT_V2: Final = 25
+"""A quarter of the default: when processors are short, the server comes before all its sandboxes together."""
+
+
+class Cgroups:
+    """The layout of this host. All calls are quick and synchronous."""
+
+    def __init__(self, instance: str, root: Path = ROOT) -> None:
+        self.parent: Final = f"hiver-{instance}"
+        self.unified: Final = (root / "cgroup.controllers").exists()
+        """True on a pure version 2 host."""
+        self.hierarchies: Final = (root,) if self.unified else _hierarchies(root)
+
+    def path(self, sandbox_id: str) -> str:
+        """`linux.cgroupsPath` of the OCI configuration."""
+        return f"/{self.parent}/{sandbox_id}"
+
+    def prepare(self) -> None:
+        """Makes the parent groups and lowers their weight. A refusal costs only the priority, so it is no error."""
+        for hierarchy in self.hierarchies:
+            folder = hierarchy / self.parent
+            with contextlib.suppress(OSError):
+                folder.mkdir(exist_ok=True)
+            for name, value in (("cpu.shares", _PARENT_SHARES_V1), ("cpu.weight", _PARENT_WEIGHT_V2)):
+                with contextlib.suppress(OSError):
+                    if (folder / name).exists():
+                        (folder / name).write_text(str(value))
+
+    def remove_parent(self) -> None:
+        """Removes the parent groups if no sandbox is left in them."""
+        for hierarchy in self.hierarchies:
+            with contextlib.suppress(OSError):
+                (hierarchy / self.parent).rmdir()
+
+    def has_swap_limit(self) -> bool:
+        """Whether memory plus swap can be limited; version 1 needs `swapaccount`."""
+        if self.unified:
+            return True
+        return any((hierarchy / "memory.memsw.limit_in_bytes").exists() for hierarchy in self.hierarchies) or any(
+            (hierarchy / self.parent / "memory.memsw.limit_in_bytes").exists() for hierarchy in self.hierarchies
+        )
+
+    def folders(self, sandbox_id: str) -> list[Path]:
+        """The sandbox's groups that exist."""
+        found = [hierarchy / self.parent / sandbox_id for hierarchy in self.hierarchies]
+        return [folder for folder in found if folder.is_dir()]
+
+    def owned(self) -> set[str]:
+        """Ids of sandboxes with a group."""
+        ids: set[str] = set()
+        for hierarchy in self.hierarchies:
+            with contextlib.suppress(OSError), os.scandir(hierarchy / self.parent) as entries:
+                ids.update(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        return ids
+
+    def processes(self, sandbox_id: str) -> set[int]:
+        """Pids of all processes in the sandbox's groups, whichever hierarchy they are in."""
+        pids: set[int] = set()
+        for folder in self.folders(sandbox_id):
+            pids |= _processes(folder)
+        return pids
+
+    def members(self, sandbox_id: str) -> set[int]:
+        """Pids of the sandbox's processes, from one hierarchy: cheap, and complete once the runtime has started it."""
+        for hierarchy in self.hierarchies:
+            if not self.unified and hierarchy.name not in {"pids", "memory"}:
+                continue
+            folder = hierarchy / self.parent / sandbox_id
+            if folder.is_dir():
+                return _processes(folder)
+        return self.processes(sandbox_id)
+
+    def kill(self, sandbox_id: str) -> None:
+        """One round of SIGKILL to everything in the groups."""
+        for folder in self.folders(sandbox_id):
+            with contextlib.suppress(OSError):
+                if (folder / "cgroup.kill").exists():
+                    (folder / "cgroup.kill").write_text("1")
+        for pid in self.processes(sandbox_id):
+            self._kill_member(sandbox_id, pid)
+
+    def _kill_member(self, sandbox_id: str, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            try:
+                # Looked up again behind the descriptor: a pid that was reused meanwhile is in another group.
+                if self.contains(sandbox_id, pid):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+
+    def contains(self, sandbox_id: str, pid: int) -> bool:
+        """Whether the process `pid` is in one of the sandbox's groups now."""
+        try:
+            lines = Path("/proc", str(pid), "cgroup").read_text().splitlines()
+        except OSError:
+            return False
+        inside = f"/{self.parent}/{sandbox_id}"
+        paths = [line.split(":", 2)[2] for line in lines]
+        return any(path == inside or path.startswith(f"{inside}/") for path in paths)
+
+    def remove(self, sandbox_id: str, timeout_seconds: float) -> None:
+        """Kills and removes until no group is left. Blocking. Raises `TimeoutError`."""
+        deadline_monotonic = time.monotonic() + timeout_seconds
+        delay_seconds = 0.0005
+        while folders := self.folders(sandbox_id):
+            self.kill(sandbox_id)
+            if all([_remove_tree(folder) for folder in folders]):
+                return
+            if time.monotonic() > deadline_monotonic:
+                raise TimeoutError(f"control group {self.path(sandbox_id)} does not empty")
+            time.sleep(delay_seconds)
+            delay_seconds = min(delay_seconds * 2, 0.02)
+
+    def usage(self, sandbox_id: str) -> Usage:
+        """Raises `FileNotFoundError` when the groups are gone."""
+        return self._usage_v2(sandbox_id) if self.unified else self._usage_v1(sandbox_id)
+
+    def oom_kills(self, sandbox_id: str) -> int:
+        """How often the kernel killed in here for want of memory; 0 when unknown."""
+        name = "memory.events" if self.unified else "memory.oom_control"
+        for folder in self.folders(sandbox_id):
+            with contextlib.suppress(OSError):
+                return _fields(folder / name).get("oom_kill", 0)
+        return 0
+
+    def _usage_v2(self, sandbox_id: str) -> Usage:
+        folder = self.hierarchies[0] / self.parent / sandbox_id
+        cpu_seconds = _fields(folder / "cpu.stat")["usage_usec"] / 1e6
+        memory_bytes = int((folder / "memory.current").read_text())
+        reclaimable_bytes = _fields(folder / "memory.stat").get("inactive_file", 0)
+        return Usage(cpu_seconds=cpu_seconds, memory_bytes=max(0, memory_bytes - reclaimable_bytes))
+
+    def _usage_v1(self, sandbox_id: str) -> Usage:
+        cpu_seconds = int(self._file("cpuacct.usage", sandbox_id).read_text()) / 1e9
+        memory_bytes = int(self._file("memory.usage_in_bytes", sandbox_id).read_text())
+        reclaimable_bytes = _fields(self._file("memory.stat", sandbox_id)).get("total_inactive_file", 0)
+        return Usage(cpu_seconds=cpu_seconds, memory_bytes=max(0, memory_bytes - reclaimable_bytes))
+
+    def _file(self, name: str, sandbox_id: str) -> Path:
+        for folder in self.folders(sandbox_id):
+            if (folder / name).exists():
+                return folder / name
+        raise FileNotFoundError(errno.ENOENT, name)
+
+
+def _hierarchies(root: Path) -> tuple[Path, ...]:
+    """Mounted hierarchies below `root`; co-mounted controllers (`cpu,cpuacct`) have links to one folder."""
+    with contextlib.suppress(OSError):
+        folders = {entry.resolve() for entry in root.iterdir() if (entry / "cgroup.procs").exists()}
+        return tuple(sorted(folders))
+    return ()
+
+
+def _processes(folder: Path) -> set[int]:
+    pids: set[int] = set()
+    for path, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            pids.update(int(line) for line in Path(path, "cgroup.procs").read_text().split())
+    return pids - {0}
+
+
+def _remove_tree(folder: Path) -> bool:
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            Path(path).rmdir()
+    return not folder.exists()
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """A file of `name value` lines."""
+    pairs = (line.split() for line in file.read_text().splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}

@@ -1,0 +1,143 @@
+"""Removing all that bears a sandbox's id, from whatever state a dead server left it in. Blocking calls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Final
+
+from hiverd.contracts.errors import BackendError
+
+from . import pids
+from .cgroups import Cgroups
+from .rootfs import mounts_below, unmount_below
+from .runtime import ENVIRONMENT, Runtime
+from .workload import Places
+
+_TIMEOUT_SECONDS: Final = 20.0
+CREATED_MARK: Final = "created"
+"""File in a sandbox's run folder once `create` is through: from then on its pid files name all its monitors."""
+
+
+class Cleaner:
+    """`run` and `log` hold one folder per sandbox, `state_dir` the runtime's."""
+
+    def __init__(self, run: Path, log: Path, state_dir: Path, cgroups: Cgroups, runtime: Runtime) -> None:
+        self._run = run
+        self._log = log
+        self._state_dir = state_dir
+        self._cgroups = cgroups
+        self._runtime = runtime
+
+    def places(self, sandbox_id: str) -> Places:
+        """Where a sandbox's files are."""
+        return Places(run=self._run / sandbox_id, log=self._log / sandbox_id)
+
+    def destroy(self, sandbox_id: str) -> None:
+        """Kills and removes. Raises `BackendError` naming what is left, if anything is."""
+        places = self.places(sandbox_id)
+        try:
+            self._kill_monitors(sandbox_id, places)
+            if self._runtime.kind == "runsc":
+                self._delete_by_runtime(sandbox_id)
+            self._cgroups.remove(sandbox_id, _TIMEOUT_SECONDS)
+            unmount_below(places.run)
+            for folder in (self._state_dir / sandbox_id, places.run, places.log):
+                _remove_folder(folder)
+        except OSError as error:
+            raise BackendError(f"sandbox {sandbox_id} cannot be removed: {error}") from error
+        left = self._left(sandbox_id, places)
+        if left:
+            raise BackendError(f"of sandbox {sandbox_id} there is left: {', '.join(left)}")
+
+    def owned(self) -> frozenset[str]:
+        """Ids of all sandboxes of which anything is left."""
+        ids = self._cgroups.owned() | set(self._monitors(None).values())
+        for folder in (self._run, self._log, self._state_dir):
+            with contextlib.suppress(FileNotFoundError):
+                ids.update(os.listdir(folder))
+        for target in mounts_below(self._run):
+            ids.add(Path(target).relative_to(self._run).parts[0])
+        return frozenset(ids)
+
+    def _left(self, sandbox_id: str, places: Places) -> list[str]:
+        left = [f"mount {target}" for target in mounts_below(places.run)]
+        left += [f"control group {folder}" for folder in self._cgroups.folders(sandbox_id)]
+        folders = (self._state_dir / sandbox_id, places.run, places.log)
+        return left + [f"folder {folder}" for folder in folders if folder.exists()]
+
+    def _kill_monitors(self, sandbox_id: str, places: Places) -> None:
+        """Ends conmon, and runtimes that a dead server left in the middle of something, before what they watch."""
+        deadline_monotonic = time.monotonic() + _TIMEOUT_SECONDS
+        while victims := self._find_monitors(sandbox_id, places):
+            for pid in victims:
+                self._kill_monitor(pid, sandbox_id)
+            if time.monotonic() > deadline_monotonic:
+                raise TimeoutError(f"monitor processes do not end: {victims}")
+            time.sleep(0.001)
+
+    def _find_monitors(self, sandbox_id: str, places: Places) -> list[int]:
+        if not (places.run / CREATED_MARK).exists():
+            return list(self._monitors(sandbox_id))
+        found = [monitor.running_conmon(sandbox_id) for monitor in (places.main, places.session)]
+        return [pid for pid in found if pid is not None]
+
+    def _kill_monitor(self, pid: int, sandbox_id: str) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            try:
+                if self._monitored(pid) == sandbox_id:
+                    pids.send_signal(descriptor, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+
+    def _monitors(self, sandbox_id: str | None) -> dict[int, str]:
+        """Pids of our conmon and runtime processes -> the sandbox they work for; all sandboxes if None."""
+        found = {}
+        for name in os.listdir("/proc"):
+            if name.isdecimal():
+                owner = self._monitored(int(name))
+                if owner is not None and sandbox_id in {None, owner}:
+                    found[int(name)] = owner
+        return found
+
+    def _monitored(self, pid: int) -> str | None:
+        """The sandbox for which a process works: our state folder is in its arguments, so it is ours."""
+        try:
+            arguments = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return None
+        if os.fsencode(self._state_dir) not in arguments or pid == os.getpid():
+            return None
+        if b"--cid" in arguments:
+            return os.fsdecode(arguments[arguments.index(b"--cid") + 1])
+        return os.fsdecode(arguments[-2]) if len(arguments) > 2 else None
+
+    def _delete_by_runtime(self, sandbox_id: str) -> None:
+        """gVisor has processes outside the sandbox's groups that only it knows."""
+        arguments = self._runtime.global_arguments(self._state_dir)
+        argv = [self._runtime.path, *arguments, "delete", "--force", sandbox_id]
+        subprocess.run(
+            argv, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_SECONDS, check=False
+        )
+
+
+def _remove_folder(folder: Path) -> None:
+    """A killed monitor may still be writing its last file, so a folder that fills again is emptied again."""
+    for attempt in range(20):
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            if not folder.exists():
+                return
+        except OSError:
+            if attempt == 19:
+                raise
+        else:
+            return
+        time.sleep(0.005)

@@ -1,0 +1,153 @@
+"""A sandbox's root file system: an overlay of the image, id-mapped, and the sandbox's own changes. Blocking calls."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from hiverd.contracts.isolation import Mount
+
+from . import syscalls
+from .userns import UserNamespaces, for_owner, for_sandbox
+
+_OVERLAY_OPTIONS: Final = (
+    # File handles of the overlay are what fanotify reports; kernels that lack the options get along without.
+    "index=on,nfs_export=on,metacopy=off,redirect_dir=nofollow",
+    "",
+)
+
+
+class RootFs:
+    """Mounts for sandboxes. `host_id` is None everywhere when sandboxes have no user namespace."""
+
+    def __init__(self, namespaces: UserNamespaces) -> None:
+        self._namespaces = namespaces
+
+    def mount(self, layers: tuple[tuple[Path, str], ...], volume: Path, target: Path, host_id: int | None) -> None:
+        """Mounts the root file system at `target`.
+
+        `layers` are folders with the place where each belongs in the root ("" for the root itself; the others are
+        mounted read-only on top, as the host's /usr is). Changes go to `volume`/root. Raises `OSError`; then the caller
+        unmounts what is below `target`.
+        """
+        base = next(folder for folder, place in layers if not place)
+        upper, work = volume / "root" / "upper", volume / "root" / "work"
+        for folder in (volume / "root", upper, work, target):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        upper.chmod(0o755)
+        os.chown(upper, host_id or 0, host_id or 0)
+        with self._lower(base, target, host_id) as lower:
+            _mount_overlay(lower, upper, work, target)
+        for folder, place in layers:
+            if place:
+                self._attach_layer(folder, target, place, host_id)
+
+    @contextlib.contextmanager
+    def _lower(self, base: Path, target: Path, host_id: int | None) -> Iterator[Path]:
+        """The image's folder with the right owners, for as long as it takes to mount the overlay over it."""
+        if host_id is None:
+            yield base
+            return
+        # The overlay clones what it is given, so this mount may go at once; it can lie where the overlay will.
+        lower = target.parent / "lower"
+        lower.mkdir(mode=0o700, exist_ok=True)
+        tree = syscalls.open_tree(str(base))
+        try:
+            with self._namespaces.borrow(for_sandbox(host_id)) as namespace:
+                syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY, user_namespace=namespace)
+            syscalls.move_mount(tree, str(lower))
+        finally:
+            os.close(tree)
+        try:
+            yield lower
+        finally:
+            syscalls.umount(str(lower))
+            lower.rmdir()
+
+    def _attach_layer(self, folder: Path, target: Path, place: str, host_id: int | None) -> None:
+        tree = syscalls.open_tree(str(folder), recursive=True)
+        attributes = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOSUID
+        try:
+            if host_id is None:
+                syscalls.mount_setattr(tree, attributes, recursive=True)
+            else:
+                with self._namespaces.borrow(for_sandbox(host_id)) as namespace:
+                    syscalls.mount_setattr(tree, attributes, user_namespace=namespace, recursive=True)
+            syscalls.move_mount(tree, str(target / place))
+        finally:
+            os.close(tree)
+
+    def prepare_mount(self, mount: Mount, host_id: int | None) -> int:
+        """A detached mount of an operator's or a sandbox's folder, as a descriptor that the caller closes."""
+        source = os.stat(mount.source)
+        owner = (source.st_uid, source.st_gid)
+        root = (host_id or 0, host_id or 0)
+        attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+        attributes |= syscalls.MOUNT_ATTR_RDONLY if mount.read_only else 0
+        if mount.owned and owner != root:
+            os.chown(mount.source, *root)
+        tree = syscalls.open_tree(mount.source)
+        try:
+            if mount.owned or owner == root:
+                syscalls.mount_setattr(tree, attributes)
+            else:
+                with self._namespaces.borrow(for_owner(*owner, root[0])) as namespace:
+                    syscalls.mount_setattr(tree, attributes, user_namespace=namespace)
+        except OSError:
+            os.close(tree)
+            raise
+        return tree
+
+
+def _mount_overlay(lower: Path, upper: Path, work: Path, target: Path) -> None:
+    paths = f"lowerdir={_escape(lower)},upperdir={_escape(upper)},workdir={_escape(work)}"
+    for options in _OVERLAY_OPTIONS:
+        try:
+            data = f"{paths},{options}" if options else paths
+            syscalls.mount("overlay", str(target), "overlay", syscalls.MS_NODEV, data)
+        except OSError as error:
+            if not options or error.errno not in {errno.EINVAL, errno.EOPNOTSUPP, errno.ESTALE}:
+                raise
+        else:
+            return
+
+
+def _escape(path: Path) -> str:
+    """As overlay's option parser wants it: a backslash before colon, comma and backslash."""
+    text = str(path)
+    for special in ("\\", ":", ","):
+        text = text.replace(special, f"\\{special}")
+    return text
+
+
+def mounts_below(folder: Path) -> list[str]:
+    """Mount points at or below a folder, innermost first (proc_pid_mountinfo(5))."""
+    prefix = f"{folder}/"
+    found = []
+    with Path("/proc/self/mountinfo").open("rb") as lines:
+        needle = os.fsencode(folder)
+        for line in lines:
+            if needle in line:
+                found.append(unescape(line.split()[4]))
+    return [target for target in reversed(found) if target == str(folder) or target.startswith(prefix)]
+
+
+def unescape(field: bytes) -> str:
+    """A mountinfo field: space, tab, newline and backslash come as octal escapes."""
+    for octal, char in ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\")):
+        field = field.replace(octal, char)
+    return os.fsdecode(field)
+
+
+def unmount_below(folder: Path) -> None:
+    """Takes away every mount at or below a folder."""
+    for target in mounts_below(folder):
+        try:
+            syscalls.umount(target)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.ENOENT}:
+                raise

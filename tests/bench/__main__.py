@@ -1,0 +1,70 @@
+"""`make bench`: measures the server beside bare tools in one run, prints a table, writes .build/bench.json.
+
+Options: names of measures to make only those. The exit code tells whether measuring worked, not how fast it was.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from bench import measures
+from bench.bare import BareRuntime
+from bench.report import Row, table, write_json
+from support.leaks import marks_of, wait_until_clean
+from support.server import REPOSITORY, Server
+
+RESULT: Final = REPOSITORY / ".build" / "bench.json"
+
+
+def environment(runtime: BareRuntime) -> dict[str, str]:
+    version = subprocess.run([runtime.program, "--version"], check=True, capture_output=True, text=True).stdout
+    return {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "cores": str(os.cpu_count()),
+        "runtime": version.splitlines()[0],
+    }
+
+
+def main() -> int:
+    chosen = set(sys.argv[1:])
+    with tempfile.TemporaryDirectory(prefix="hiver-bench-") as scratch:
+        folder = Path(scratch)
+        runtime = BareRuntime(folder / "bare")
+        server = Server(folder / "server")
+        all_measures: dict[str, Callable[[], list[Row]]] = {
+            "start": lambda: measures.start_up(folder),
+            "memory": lambda: measures.memory(folder),
+            "create": lambda: measures.create_to_first_exec(server, runtime),
+            "exec": lambda: measures.exec_true(server, runtime),
+            "parallel": lambda: measures.creates_at_once(server, runtime),
+            "proxy": lambda: measures.proxied_requests(server),
+            "files": lambda: measures.transfers(server, folder),
+            "stream": lambda: measures.streamed_output(server),
+        }
+        if not chosen <= set(all_measures):
+            print(f"unknown: {', '.join(chosen - set(all_measures))}; there are {', '.join(all_measures)}")
+            return 2
+        rows: list[Row] = []
+        marks = marks_of(server.data_dir)
+        with server:
+            for name, measure in all_measures.items():
+                if not chosen or name in chosen:
+                    print(f"measuring: {name}", file=sys.stderr, flush=True)
+                    rows += measure()
+        wait_until_clean(marks)
+    print(table(rows))
+    write_json(RESULT, rows, environment(runtime))
+    print(f"\nwritten to {RESULT.relative_to(REPOSITORY)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
