@@ -28,7 +28,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def make_server(tmp_path: Path) -> Iterator[MakeServer]:
-    """Builds further servers, not started; stops them and checks for leaks when the test ends."""
+    """Builds further servers, not started. When the test ends, all sandboxes go, also those that were to outlive their
+    server, and nothing may be left."""
     made: list[Server] = []
 
     def make(**options: object) -> Server:
@@ -38,10 +39,17 @@ def make_server(tmp_path: Path) -> Iterator[MakeServer]:
 
     yield make
     for server in made:
-        marks = marks_of(server.data_dir)
+        _end(server)
+
+
+def _end(server: Server) -> None:
+    """Stops a server and, through a last ephemeral start on its data folder, whatever it left running on purpose."""
+    server.stop()
+    if not server.ephemeral:
+        server.ephemeral = True
+        server.start()
         server.stop()
-        if server.ephemeral:
-            wait_until_clean(marks)
+    wait_until_clean(marks_of(server.data_dir))
 
 
 @pytest.fixture

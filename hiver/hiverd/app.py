@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import logging
 import os
+import signal
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -243,6 +246,23 @@ class _Server(uvicorn.Server):
                     host, port = sock.getsockname()[:2]
                     _say(f"hiver {__version__} is ready on http://{f'[{host}]' if ':' in host else host}:{port}")
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike the base class, does not raise the signals again at the end: what follows must still run."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._asked_to_stop, number)
+        try:
+            yield
+        finally:
+            # From here on a second Ctrl-C ends the process at once; the next start cleans up.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _asked_to_stop(self, number: int) -> None:
+        _say(f"hiver: stopping ({signal.Signals(number).name})")
+        self.handle_exit(number, None)
+
     async def shutdown(self, sockets: Any = None) -> None:
         await close_all_streams()
         await super().shutdown(sockets)
@@ -269,7 +289,12 @@ async def _serve(settings: Settings) -> int:
                 port=settings.server.port,
                 http="httptools",
                 ws="wsproto",
+                interface="asgi3",
                 lifespan="off",
+                # What clients claim in X-Forwarded-For is theirs to claim; frames and pings pass as they are.
+                proxy_headers=False,
+                ws_per_message_deflate=False,
+                ws_ping_interval=None,
                 log_config=None,
                 access_log=False,
                 server_header=False,

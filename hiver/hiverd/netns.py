@@ -48,7 +48,7 @@ class SocketFactory(abc.ABC):
 
     @abc.abstractmethod
     async def close(self) -> None:
-        """Frees threads and descriptors. Sockets that were handed out stay usable."""
+        """Waits for what is under way and frees what this object holds. Sockets that were handed out stay usable."""
 
     async def for_connect(self, namespace: str, address: str) -> socket.socket:
         """An unconnected TCP socket for reaching `address` (an IPv4 or IPv6 literal)."""
@@ -135,15 +135,25 @@ class ThreadSocketFactory(SocketFactory):
     could fail and leave a thread of ours inside a sandbox, and nothing is kept between calls.
     """
 
+    def __init__(self) -> None:
+        self._under_way: set[asyncio.Future[socket.socket]] = set()
+
     async def make(self, namespace: str, request: SocketRequest) -> socket.socket:
         loop = asyncio.get_running_loop()
         made: asyncio.Future[socket.socket] = loop.create_future()
+        self._under_way.add(made)
+        made.add_done_callback(self._under_way.discard)
         # The low-level call does not wait for the thread to come up, so the loop is not held.
         _thread.start_new_thread(_make_in_thread, (namespace, request, loop, made))
-        return await made
+        try:
+            return await asyncio.shield(made)
+        except asyncio.CancelledError:
+            made.add_done_callback(_discard)
+            raise
 
     async def close(self) -> None:
-        pass
+        while self._under_way:
+            await asyncio.wait(tuple(self._under_way))
 
 
 def _make_in_thread(
@@ -176,9 +186,12 @@ def _make_inside(namespace: str, request: SocketRequest) -> socket.socket:
 
 def _deliver(made: asyncio.Future[socket.socket], outcome: socket.socket | Exception) -> None:
     if isinstance(outcome, Exception):
-        if not made.done():
-            made.set_exception(outcome)
-    elif made.done():  # the caller was cancelled
-        outcome.close()
+        made.set_exception(outcome)
     else:
         made.set_result(outcome)
+
+
+def _discard(made: asyncio.Future[socket.socket]) -> None:
+    """Closes a socket whose taker was cancelled."""
+    if made.exception() is None:
+        made.result().close()

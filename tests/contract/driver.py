@@ -18,11 +18,15 @@ from contract.scenarios.context import Context
 
 
 def _render(error: BaseException) -> str:
-    """A traceback with local variables, since assertions are not rewritten here; without the event loop's frames."""
+    """A traceback with local variables, since assertions are not rewritten here."""
     exception = traceback.TracebackException.from_exception(error, capture_locals=True)
-    frames = [frame for frame in exception.stack if "/asyncio/" not in frame.filename and frame.filename != __file__]
-    exception.stack = traceback.StackSummary.from_list(frames)
-    return "".join(exception.format())[-4000:]
+    link: traceback.TracebackException | None = exception
+    while link is not None:
+        # The frames of the scenario and of the client say what happened; the event loop's and httpx's do not.
+        told = [frame for frame in link.stack if "/scenarios/" in frame.filename or "/hiver/" in frame.filename]
+        link.stack = traceback.StackSummary.from_list(told)
+        link = link.__cause__ or link.__context__
+    return "".join(exception.format())[-6000:]
 
 
 async def _run_one(version: str, request: dict[str, Any]) -> None:

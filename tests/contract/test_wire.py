@@ -165,7 +165,7 @@ async def test_answers_hold_no_null(http: httpx.AsyncClient, new_key: NewKey) ->
 async def test_apply_is_exclusive(http: httpx.AsyncClient, new_key: NewKey) -> None:
     """While one apply runs another is refused with 409 (PROTOCOL 3.9)."""
     ref = await create(http, new_key())
-    mounts = [{"backend": "local", "mount": f"/m{number}"} for number in range(12)]
+    mounts = [{"backend": "local", "mount": f"/mount-{number:02}"} for number in range(12)]
     seen: set[int] = set()
     for _ in range(20):
         bodies = [{"fs": mounts}, {"fs": mounts[:6]}] * 4
@@ -179,7 +179,7 @@ async def test_apply_is_exclusive(http: httpx.AsyncClient, new_key: NewKey) -> N
     assert seen == {200, 409}
     final = await http.put(ref.api("/config"), json={"fs": mounts})
     assert final.json()["applied"] is True
-    listed = await http.post(ref.api("/exec"), json={"command": "ls -d /m*"})
+    listed = await http.post(ref.api("/exec"), json={"command": "ls -d /mount-*"})
     assert listed.json()["stdout"].split() == sorted(mount["mount"] for mount in mounts)
 
 

@@ -64,7 +64,8 @@ async def ask(front: Front, port: int, method: str) -> tuple[int | None, bytes]:
                 return None, body
     except h11.RemoteProtocolError as error:
         # The only fault that a client may meet is an answer that is cut short.
-        assert "without sending complete message body" in str(error) or "without sending" in str(error), str(error)
+        if "without sending" not in str(error):
+            raise
         return None, body
     finally:
         writer.close()
@@ -126,7 +127,7 @@ async def test_an_unasked_answer_on_a_kept_connection_never_reaches_a_client(fro
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
-            line, _, _ = await read_request(reader)
+            await read_request(reader)
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
             await writer.drain()
             await asyncio.sleep(0.02)
@@ -190,8 +191,8 @@ PARTS = [
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_random_answers(front: Front, namespace: str, seed: int) -> None:
-    """Whatever the server says, in whatever pieces: a well-formed answer or a broken connection, in time, no error in the loop."""
-    random_parts = random.Random(seed)
+    """Whatever the server says, in whatever pieces: a well-formed answer or a broken connection, and in time."""
+    random_parts = random.Random(seed)  # noqa: S311
     scripts: list[list[bytes]] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -6,8 +6,9 @@ import resource
 from collections.abc import Mapping
 from typing import Any, Final
 
-from hiverd.contracts.isolation import ExecSpec, Mount, WorkloadSpec
 from msgspec import Struct
+
+from hiverd.contracts.isolation import ExecSpec, Mount, WorkloadSpec
 
 INIT_PATH: Final = "/dev/.hiver-init"
 """Where process 1's program is mounted: on the sandbox's own /dev, so that the image stays as it is."""
@@ -43,6 +44,7 @@ _MASKED_PATHS: Final = (
 )
 _READONLY_PATHS: Final = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _NAMESPACES: Final = ("pid", "ipc", "uts", "mount", "network", "cgroup")
+_SHM: Final = "/dev/shm"  # noqa: S108 -- a mount point inside the sandbox
 _CPU_PERIOD_US: Final = 100_000
 _MIN_PIDS: Final = 32
 """Below that, a runtime's own threads do not fit while it starts a command."""
@@ -182,7 +184,7 @@ def _system_mounts(layout: Layout) -> list[dict[str, Any]]:
         _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
         _mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
         _mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
-        _mount("/dev/shm", "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
+        _mount(_SHM, "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
         _mount("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
         _mount("/sys", "sysfs", "nosuid", "noexec", "nodev", "ro"),
     ]

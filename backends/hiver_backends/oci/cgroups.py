@@ -111,13 +111,12 @@ class Cgroups:
 
     def contains(self, sandbox_id: str, pid: int) -> bool:
         """Whether the process `pid` is in one of the sandbox's groups now."""
-        try:
-            lines = Path("/proc", str(pid), "cgroup").read_text().splitlines()
-        except OSError:
-            return False
         inside = f"/{self.parent}/{sandbox_id}"
-        paths = [line.split(":", 2)[2] for line in lines]
-        return any(path == inside or path.startswith(f"{inside}/") for path in paths)
+        return any(path == inside or path.startswith(f"{inside}/") for path in _groups_of(pid))
+
+    def contains_any(self, pid: int) -> bool:
+        """Whether the process `pid` is, or was when it ended, in any sandbox of ours."""
+        return any(path.startswith(f"/{self.parent}/") for path in _groups_of(pid))
 
     def remove(self, sandbox_id: str, timeout_seconds: float) -> None:
         """Kills and removes until no group is left. Blocking. Raises `TimeoutError`."""
@@ -125,7 +124,8 @@ class Cgroups:
         delay_seconds = 0.0005
         while folders := self.folders(sandbox_id):
             self.kill(sandbox_id)
-            if all([_remove_tree(folder) for folder in folders]):
+            removed = [_remove_tree(folder) for folder in folders]
+            if all(removed):
                 return
             if time.monotonic() > deadline_monotonic:
                 raise TimeoutError(f"control group {self.path(sandbox_id)} does not empty")
@@ -170,6 +170,15 @@ def _hierarchies(root: Path) -> tuple[Path, ...]:
         folders = {entry.resolve() for entry in root.iterdir() if (entry / "cgroup.procs").exists()}
         return tuple(sorted(folders))
     return ()
+
+
+def _groups_of(pid: int) -> list[str]:
+    """A process's groups, one per hierarchy (cgroups(7)); empty when there is no such process."""
+    try:
+        lines = Path("/proc", str(pid), "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    return [line.split(":", 2)[2] for line in lines]
 
 
 def _processes(folder: Path) -> set[int]:

@@ -1,21 +1,25 @@
-"""Child processes of the server: spawned ones, and orphans that a runtime or conmon leaves to us as the subreaper.
+"""Child processes of the server: spawned ones, and orphans that a runtime or conmon leaves to us, the subreaper.
 
-Each is watched by a pidfd in the event loop and reaped at once: a zombie whose parent is outside a sandbox would hold up
-the end of that sandbox's pid namespace. Children of others (`subprocess`, asyncio) are never touched.
+Each is watched by a pidfd in the event loop and reaped at once: a zombie whose parent is outside a sandbox would hold
+up the end of that sandbox's pid namespace. Children of others (`subprocess`, asyncio) are never touched.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Final
 
 from . import pids
 
 UNKNOWN_EXIT: Final = 255
 """Reported when someone else reaped the process, so that its exit code is lost."""
+_RUNTIME_NAME: Final = re.compile(r"conmon|crun|runsc|runc(:.*)?|[0-9]+$")
+"""A program run from a memfd is named after its descriptor's number."""
 
 
 class Child:
@@ -81,6 +85,18 @@ class Children:
         """Watches an orphan. Raises `ProcessLookupError` if there is no such process."""
         return self._watch(pid, None)
 
+    def reap_orphans(self, in_sandbox: Callable[[int], bool]) -> None:
+        """Reaps ended orphans that no one watches: what a killed runtime or monitor left behind.
+
+        Only what is surely not another part's child: processes of sandboxes (`in_sandbox`), runtimes and monitors.
+        """
+        watched = {child.pid for child, _ in self._watched.values()}
+        for pid in _ended_children() - watched:
+            stat = pids.read_stat(pid)
+            if stat is not None and (_RUNTIME_NAME.match(stat.name) or in_sandbox(pid)):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+
     def _watch(self, pid: int, process: subprocess.Popen[bytes] | None) -> Child:
         loop = asyncio.get_running_loop()
         descriptor = os.pidfd_open(pid)
@@ -110,3 +126,13 @@ class Children:
             if process is not None and process.poll() is None:
                 process.returncode = UNKNOWN_EXIT  # it is not waited for, on purpose
         self._watched.clear()
+
+
+def _ended_children() -> set[int]:
+    ended = set()
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            stat = pids.read_stat(int(name))
+            if stat is not None and stat.state == "Z" and stat.parent == os.getpid():
+                ended.add(int(name))
+    return ended

@@ -25,18 +25,18 @@ CREATED_MARK: Final = "created"
 
 
 class Cleaner:
-    """`run` and `log` hold one folder per sandbox, `state_dir` the runtime's."""
+    """`folders` hold one folder per sandbox each, `state_dir` the runtime's own."""
 
-    def __init__(self, run: Path, log: Path, state_dir: Path, cgroups: Cgroups, runtime: Runtime) -> None:
-        self._run = run
-        self._log = log
+    def __init__(self, folders: Places, state_dir: Path, cgroups: Cgroups, runtime: Runtime) -> None:
+        self._folders = folders
         self._state_dir = state_dir
         self._cgroups = cgroups
         self._runtime = runtime
 
     def places(self, sandbox_id: str) -> Places:
         """Where a sandbox's files are."""
-        return Places(run=self._run / sandbox_id, log=self._log / sandbox_id)
+        parents = self._folders
+        return Places(run=parents.run / sandbox_id, log=parents.log / sandbox_id, mount=parents.mount / sandbox_id)
 
     def destroy(self, sandbox_id: str) -> None:
         """Kills and removes. Raises `BackendError` naming what is left, if anything is."""
@@ -46,7 +46,8 @@ class Cleaner:
             if self._runtime.kind == "runsc":
                 self._delete_by_runtime(sandbox_id)
             self._cgroups.remove(sandbox_id, _TIMEOUT_SECONDS)
-            unmount_below(places.run)
+            unmount_below(places.mount)
+            _remove_mount_folder(places.mount)
             for folder in (self._state_dir / sandbox_id, places.run, places.log):
                 _remove_folder(folder)
         except OSError as error:
@@ -58,17 +59,15 @@ class Cleaner:
     def owned(self) -> frozenset[str]:
         """Ids of all sandboxes of which anything is left."""
         ids = self._cgroups.owned() | set(self._monitors(None).values())
-        for folder in (self._run, self._log, self._state_dir):
+        for folder in (self._folders.run, self._folders.log, self._folders.mount, self._state_dir):
             with contextlib.suppress(FileNotFoundError):
                 ids.update(os.listdir(folder))
-        for target in mounts_below(self._run):
-            ids.add(Path(target).relative_to(self._run).parts[0])
         return frozenset(ids)
 
     def _left(self, sandbox_id: str, places: Places) -> list[str]:
-        left = [f"mount {target}" for target in mounts_below(places.run)]
+        left = [f"mount {target}" for target in mounts_below(places.mount)]
         left += [f"control group {folder}" for folder in self._cgroups.folders(sandbox_id)]
-        folders = (self._state_dir / sandbox_id, places.run, places.log)
+        folders = (self._state_dir / sandbox_id, places.run, places.log, places.mount)
         return left + [f"folder {folder}" for folder in folders if folder.exists()]
 
     def _kill_monitors(self, sandbox_id: str, places: Places) -> None:
@@ -125,6 +124,13 @@ class Cleaner:
         subprocess.run(
             argv, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_SECONDS, check=False
         )
+
+
+def _remove_mount_folder(folder: Path) -> None:
+    """Only ever empty folders: if something were still mounted, removing what is in it would be a disaster."""
+    for path in (folder / "rootfs", folder / "lower", folder):
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
 
 
 def _remove_folder(folder: Path) -> None:

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-from hiverd.contracts.errors import BackendError
 from msgspec import Struct
+
+from hiverd.contracts.errors import BackendError
 
 from . import pids
 from .children import Children
@@ -93,7 +94,9 @@ class Conmon:
     async def exec_terminal(self, sandbox_id: str, monitor: Monitor, process_document: Path) -> int:
         """Runs a process on a terminal of its own in a running container. Returns its pid."""
         return await self._start(
-            sandbox_id, monitor, ["--exec", "--exec-process-spec", str(process_document), "--terminal", "--stdin", "--leave-stdin-open"]
+            sandbox_id,
+            monitor,
+            ["--exec", "--exec-process-spec", str(process_document), "--terminal", "--stdin", "--leave-stdin-open"],
         )
 
     def _argv(self, sandbox_id: str, monitor: Monitor, extra: list[str]) -> list[str]:

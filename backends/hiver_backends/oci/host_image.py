@@ -1,9 +1,11 @@
 """The image `host`: this machine's /usr, read-only, under a generated skeleton. Nothing is downloaded.
 
-From the host come /usr and a short list of system files of /etc. Nothing of a user's: /home, /root, /var, /srv, /opt,
-/tmp are new and empty, and of /etc no account, key, network or service configuration is taken. /usr/local is the host's
-unless `host_usr_local = false`: it often holds the very interpreters that people want, but an operator who keeps private
-tools there can hide it. Blocking calls.
+From the host come /usr and a short list of system files of /etc. Nothing of a user's: /home, /root, /var, /srv,
+/opt, /tmp are new and empty, and of /etc no account, key, network or service configuration is taken. With user
+namespaces the host's files belong to a stranger, so only what everybody may read can be read.
+
+/usr/local is the host's unless `host_usr_local = false`: it often holds the very interpreters that people want, but an
+operator who keeps private tools there can hide it. Blocking calls.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _ETC_ALLOWED: Final = (
     "pki/ca-trust/extracted", "pki/tls/certs", "pki/tls/cert.pem", "pki/tls/openssl.cnf", "protocols", "python3",
     "python3.*", "rpc", "services", "shells", "ssl/cert.pem", "ssl/certs", "ssl/openssl.cnf", "terminfo", "timezone",
 )  # fmt: skip
-_PASSWD: Final = """\
+_ACCOUNTS: Final = """\
 root:x:0:0:root:/root:/bin/{shell}
 daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin
 nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
@@ -69,7 +71,7 @@ _MAX_FILE_BYTES: Final = 4 * 1024 * 1024
 
 
 class HostImage:
-    """`folder` is this plug-in's own; the skeleton is made there once and again whenever the host's /etc files change."""
+    """`folder` is this plug-in's own; the skeleton is made there, and anew whenever the host's /etc files change."""
 
     def __init__(self, folder: Path, *, usr_local: bool) -> None:
         self._folder = folder
@@ -132,7 +134,7 @@ def _fill(root: Path) -> None:
 def _generate_etc(etc: Path) -> None:
     shell = "bash" if Path("/bin/bash").exists() else "sh"
     for name, content in {
-        "passwd": _PASSWD.format(shell=shell),
+        "passwd": _ACCOUNTS.format(shell=shell),
         "group": _GROUP,
         "nsswitch.conf": _NSSWITCH,
         "profile": _PROFILE,

@@ -13,6 +13,7 @@ from hiverd.contracts.errors import InvalidError, NotFoundError
 from hiverd.contracts.isolation import Image, Progress
 
 from . import host_image, references
+from .children import Children
 from .settings import Settings
 from .store import ImageStore
 
@@ -22,13 +23,19 @@ _MAX_ALIAS_DEPTH: Final = 8
 class Images:
     """Resolves names. Handles are `host`, `dir:<path>` and `store:<digest>`."""
 
-    def __init__(self, folder: Path, settings: Settings, aliases: Mapping[str, str], pool: Executor) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, aliases: Mapping[str, str], children: Children, pool: Executor
+    ) -> None:
         self._settings = settings
         self._aliases = {"agent-base": settings.default_image, **aliases}
         self._pool = pool
         self._host = host_image.HostImage(folder / "host", usr_local=settings.host_usr_local)
-        self._store = ImageStore(folder / "store", settings, pool)
+        self._store = ImageStore(folder / "store", settings, children, pool)
         self._host_lock = asyncio.Lock()
+
+    def prepare(self) -> None:
+        """Makes the folders. Blocking."""
+        self._store.prepare()
 
     async def resolve(self, name: str, progress: Progress) -> Image:
         """Raises `NotFoundError` or `InvalidError` naming the image."""
@@ -83,8 +90,8 @@ class Images:
             roots = [Path(root).resolve() for root in self._settings.image_roots]
             if not any(real == root or root in real.parents for root in roots):
                 raise InvalidError(
-                    f"image {reference!r}: images from this host's files must lie below a folder that the operator lists"
-                    " in [oci] image_roots, or be named by an alias",
+                    f"image {reference!r}: images from this host's files must lie below a folder that the operator"
+                    " lists in [oci] image_roots, or be named by an alias",
                     field="image",
                 )
             folder = real

@@ -13,11 +13,7 @@ from . import syscalls
 
 _EVENT: Final = struct.Struct("iIII")
 _MASK: Final = (
-    syscalls.IN_MODIFY
-    | syscalls.IN_CLOSE_WRITE
-    | syscalls.IN_MOVED_TO
-    | syscalls.IN_CREATE
-    | syscalls.IN_ONLYDIR
+    syscalls.IN_MODIFY | syscalls.IN_CLOSE_WRITE | syscalls.IN_MOVED_TO | syscalls.IN_CREATE | syscalls.IN_ONLYDIR
 )
 _OVERFLOW: Final = 0x4000
 

@@ -34,7 +34,9 @@ def check_target(target: str) -> None:
     if not target.startswith("/") or path == "/" or "\0" in target:
         raise InvalidError(f"a mount's target must be an absolute path below /: {target!r}", field="mount")
     if any(path == system or path.startswith(f"{system}/") for system in _SYSTEM):
-        raise InvalidError(f"nothing can be mounted at {target}: /proc, /sys and /dev are the sandbox's own", field="mount")
+        raise InvalidError(
+            f"nothing can be mounted at {target}: /proc, /sys and /dev are the sandbox's own", field="mount"
+        )
 
 
 def attach_all(rootfs: RootFs, root: int, mounts: tuple[Mount, ...], host_id: int | None) -> None:
@@ -43,21 +45,30 @@ def attach_all(rootfs: RootFs, root: int, mounts: tuple[Mount, ...], host_id: in
         check_target(mount.target)
         tree = rootfs.prepare_mount(mount, host_id)
         try:
-            _attach(tree, root, mount.target, host_id)
+            directory = _target_directory(root, mount.target, host_id)
+            try:
+                syscalls.move_mount(tree, "", directory=directory)
+            finally:
+                os.close(directory)
         finally:
             os.close(tree)
 
 
-def _attach(tree: int, root: int, target: str, host_id: int | None) -> None:
-    owner = (host_id or 0, host_id or 0)
+def _target_directory(root: int, target: str, host_id: int | None) -> int:
+    """Opens the folder on which a mount goes, made if need be. The image or the workload may have put links there."""
     try:
-        directory = inside.make_directory(root, target, owner)
-    except NotADirectoryError:
-        raise InvalidError(f"cannot mount at {target}: something that is no folder is in the way", field="mount") from None
+        directory = inside.make_directory(root, target, (host_id or 0, host_id or 0))
+    except (NotADirectoryError, FileNotFoundError):
+        message = f"cannot mount at {target}: a file or a link that leads nowhere is in the way"
+        raise InvalidError(message, field="mount") from None
     try:
-        syscalls.move_mount(tree, "", directory=directory)
-    finally:
+        # Seen from the sandbox's root: a link must not lead to where a mount may not go.
+        base = os.readlink(f"/proc/self/fd/{root}").rstrip("/")
+        check_target(os.readlink(f"/proc/self/fd/{directory}").removeprefix(base))
+    except BaseException:
         os.close(directory)
+        raise
+    return directory
 
 
 def attach_live(rootfs: RootFs, pid: int, open_root: Callable[[], int], mount: Mount, host_id: int | None) -> None:
@@ -67,9 +78,13 @@ def attach_live(rootfs: RootFs, pid: int, open_root: Callable[[], int], mount: M
     try:
         root = open_root()
         try:
-            in_mount_namespace(pid, lambda: _attach(tree, root, mount.target, host_id))
+            directory = _target_directory(root, mount.target, host_id)
         finally:
             os.close(root)
+        try:
+            in_mount_namespace(pid, lambda: syscalls.move_mount(tree, "", directory=directory))
+        finally:
+            os.close(directory)
     finally:
         os.close(tree)
 

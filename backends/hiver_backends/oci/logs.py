@@ -37,12 +37,9 @@ def parse(text: bytes) -> tuple[list[Record], int]:
         parts = line.split(b" ", 3)
         if len(parts) != 4 or parts[1] not in {b"stdout", b"stderr"}:
             continue
-        stream = cast(Stream, parts[1].decode())
+        stream = cast("Stream", parts[1].decode())
         data = parts[3] + b"\n" if parts[2].startswith(b"F") else parts[3]
-        if groups and groups[-1][0] == stream:
-            pieces = groups.pop()[1]
-        else:
-            pieces = []
+        pieces = groups.pop()[1] if groups and groups[-1][0] == stream else []
         pieces.append(data)
         groups.append((stream, pieces, end))
     return [Record(stream, b"".join(pieces), stop) for stream, pieces, stop in groups], end
@@ -113,7 +110,9 @@ class LogReader:
             records, length = parse(text)
             self._offset += length
             if records:
-                return [LogChunk(found.stream, found.data, f"{self._identity}@{start + found.end}") for found in records]
+                return [
+                    LogChunk(found.stream, found.data, f"{self._identity}@{start + found.end}") for found in records
+                ]
             if length == 0:
                 if len(text) < size:
                     return []
@@ -146,8 +145,10 @@ def tail_bytes(path: Path, max_bytes: int) -> tuple[bytes, str]:
 async def follow(
     path: Path, position: str | None, inotify: Inotify, ended: Callable[[], bool]
 ) -> AsyncIterator[LogChunk]:
-    """Records from `position` on, until `ended()` says so and all has been read. A change in the log's folder, such as an
-    exit file's appearing there, makes it look again at once."""
+    """Records from `position` on, until `ended()` says so and all has been read.
+
+    A change in the log's folder, such as an exit file's appearing there, makes it look again at once.
+    """
     try:
         watch = inotify.watch(path.parent)
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -15,6 +16,7 @@ _BOOT_ID_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 class ProcessStat(NamedTuple):
     """What we need of /proc/<pid>/stat (proc(5))."""
 
+    name: str
     state: str
     parent: int
     session: int
@@ -34,7 +36,8 @@ def read_stat(pid: int) -> ProcessStat | None:
         return None
     # The command's name, in parentheses, may hold anything: count from its end.
     fields = text[text.rindex(")") + 2 :].split()
-    return ProcessStat(fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
+    name = text[text.index("(") + 1 : text.rindex(")")]
+    return ProcessStat(name, fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
 
 
 def open_verified(pid: int, start_ticks: int) -> int | None:
@@ -50,8 +53,6 @@ def open_verified(pid: int, start_ticks: int) -> int | None:
 
 def has_ended(descriptor: int) -> bool:
     """Whether the process behind a pidfd has ended, reaped or not."""
-    import select  # noqa: PLC0415 -- a cheap one-off use
-
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))

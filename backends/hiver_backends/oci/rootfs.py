@@ -44,7 +44,7 @@ class RootFs:
             _mount_overlay(lower, upper, work, target)
         for folder, place in layers:
             if place:
-                self._attach_layer(folder, target, place, host_id)
+                _attach_layer(folder, target, place)
 
     @contextlib.contextmanager
     def _lower(self, base: Path, target: Path, host_id: int | None) -> Iterator[Path]:
@@ -68,19 +68,6 @@ class RootFs:
             syscalls.umount(str(lower))
             lower.rmdir()
 
-    def _attach_layer(self, folder: Path, target: Path, place: str, host_id: int | None) -> None:
-        tree = syscalls.open_tree(str(folder), recursive=True)
-        attributes = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOSUID
-        try:
-            if host_id is None:
-                syscalls.mount_setattr(tree, attributes, recursive=True)
-            else:
-                with self._namespaces.borrow(for_sandbox(host_id)) as namespace:
-                    syscalls.mount_setattr(tree, attributes, user_namespace=namespace, recursive=True)
-            syscalls.move_mount(tree, str(target / place))
-        finally:
-            os.close(tree)
-
     def prepare_mount(self, mount: Mount, host_id: int | None) -> int:
         """A detached mount of an operator's or a sandbox's folder, as a descriptor that the caller closes."""
         source = os.stat(mount.source)
@@ -101,6 +88,17 @@ class RootFs:
             os.close(tree)
             raise
         return tree
+
+
+def _attach_layer(folder: Path, target: Path, place: str) -> None:
+    """Not id-mapped: to the sandbox's root the host's files are a stranger's, so it reads only what everybody may."""
+    tree = syscalls.open_tree(str(folder), recursive=True)
+    try:
+        attributes = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOSUID
+        syscalls.mount_setattr(tree, attributes, recursive=True)
+        syscalls.move_mount(tree, str(target / place))
+    finally:
+        os.close(tree)
 
 
 def _mount_overlay(lower: Path, upper: Path, work: Path, target: Path) -> None:
@@ -127,12 +125,9 @@ def _escape(path: Path) -> str:
 def mounts_below(folder: Path) -> list[str]:
     """Mount points at or below a folder, innermost first (proc_pid_mountinfo(5))."""
     prefix = f"{folder}/"
-    found = []
+    needle = os.fsencode(folder.name)
     with Path("/proc/self/mountinfo").open("rb") as lines:
-        needle = os.fsencode(folder)
-        for line in lines:
-            if needle in line:
-                found.append(unescape(line.split()[4]))
+        found = [unescape(line.split()[4]) for line in lines if needle in line]
     return [target for target in reversed(found) if target == str(folder) or target.startswith(prefix)]
 
 

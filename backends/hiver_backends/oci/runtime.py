@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from hiverd.contracts.errors import BackendError
 from msgspec import Struct
+
+from hiverd.contracts.errors import BackendError
 
 from .children import Children
 
@@ -104,7 +106,8 @@ class RuntimeCalls:
         child = self._children.spawn(self.argv(*arguments, log=log), env=ENVIRONMENT)
         code = await child.wait()
         message = last_error(log)
-        log.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(log)
         if code != 0:
             raise BackendError(f"{self.runtime.kind} {arguments[0]} failed: {message or f'exit code {code}'}")
 
@@ -135,7 +138,7 @@ _REFUSED: Final = re.compile(
 
 
 def start_failure(message: str, argv: Sequence[str], cwd: str) -> tuple[int, str] | None:
-    """Judges a runtime's error when `exec` fails: exit code and text for stderr (PROTOCOL 0.8), as a shell would put it.
+    """Judges a runtime's error when `exec` fails: exit code and text for stderr (PROTOCOL 0.8).
 
     None: the failure is not the caller's doing.
     """

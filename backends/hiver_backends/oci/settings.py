@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
-from hiverd.contracts.errors import InvalidError
 from msgspec import Struct
+
+from hiverd.contracts.errors import InvalidError
 
 UsernsMode = Literal["auto", "required", "off"]
 

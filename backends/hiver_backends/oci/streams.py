@@ -12,7 +12,6 @@ from typing import Final
 from hiverd.contracts.errors import NotFoundError
 from hiverd.contracts.isolation import Stream
 
-
 READ_BYTES: Final = 256 * 1024
 _PIPE_BYTES: Final = 1024 * 1024
 
@@ -168,5 +167,3 @@ class Writer:
 def _wake(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-

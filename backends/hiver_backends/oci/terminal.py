@@ -46,9 +46,7 @@ class EntryTerminal(Terminal):
 
     async def scrollback(self, max_bytes: int) -> bytes:
         loop = asyncio.get_running_loop()
-        newest, self._position = await loop.run_in_executor(
-            self._pool, logs.tail_bytes, self._monitor.log, max_bytes
-        )
+        newest, self._position = await loop.run_in_executor(self._pool, logs.tail_bytes, self._monitor.log, max_bytes)
         return newest
 
     async def output(self) -> AsyncIterator[bytes]:

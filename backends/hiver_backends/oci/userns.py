@@ -16,13 +16,13 @@ SUBORDINATE_IDS: Final = 65536
 
 
 class IdMap(NamedTuple):
-    """`count` ids from `uid`/`gid` on disk appear as those from `host_uid`/`host_gid` on."""
+    """`length` ids from `uid`/`gid` on disk appear as those from `host_uid`/`host_gid` on."""
 
     uid: int
     gid: int
     host_uid: int
     host_gid: int
-    count: int
+    length: int
 
 
 def for_sandbox(host_id: int) -> IdMap:
@@ -83,15 +83,17 @@ class UserNamespaces:
 def _make(ids: IdMap) -> int:
     # A threaded process may not unshare its own user namespace, so a short-lived child does. `cat` answers the byte
     # only once `unshare` has entered the new namespace.
-    with subprocess.Popen(["unshare", "--user", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
+    with subprocess.Popen(
+        ["unshare", "--user", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as child:
         assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018 -- asked for just above
         try:
             child.stdin.write(b"\n")
             if child.stdout.read(1) != b"\n":
                 raise OSError("this kernel does not let us make a user namespace")
             process = Path("/proc", str(child.pid))
-            (process / "uid_map").write_text(f"{ids.uid} {ids.host_uid} {ids.count}\n")
-            (process / "gid_map").write_text(f"{ids.gid} {ids.host_gid} {ids.count}\n")
+            (process / "uid_map").write_text(f"{ids.uid} {ids.host_uid} {ids.length}\n")
+            (process / "gid_map").write_text(f"{ids.gid} {ids.host_gid} {ids.length}\n")
             return os.open(process / "ns" / "user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             child.kill()

@@ -12,6 +12,8 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from msgspec import Struct
+
 from hiverd.contracts.errors import BackendError, SandboxGoneError
 from hiverd.contracts.isolation import (
     ExecProcess,
@@ -24,7 +26,6 @@ from hiverd.contracts.isolation import (
     WorkloadExit,
     WorkloadSpec,
 )
-from msgspec import Struct
 
 from . import bundle, livemounts, logs, network, pids
 from .cgroups import Cgroups
@@ -38,6 +39,7 @@ from .runtime import RuntimeCalls, start_failure
 from .terminal import EntryTerminal, record_failure
 
 _EXIT_FILE_SECONDS: Final = 10.0
+_ORPHANS_SECONDS: Final = 0.1
 _T = TypeVar("_T")
 
 
@@ -65,10 +67,20 @@ class Identity(Struct, frozen=True, kw_only=True):
 
 
 class Places(Struct, frozen=True, kw_only=True):
-    """A sandbox's folders: `run` is gone after a reboot, `log` is on disk."""
+    """A sandbox's folders: `run` is gone after a reboot, `log` is on disk.
+
+    `mount` has something mounted only while the sandbox is made. It is not below `run`, because a runtime looks up the root file system
+    with the rights of the sandbox's root, who may not enter our private folders.
+    """
 
     run: Path
     log: Path
+    mount: Path
+
+    @property
+    def rootfs(self) -> Path:
+        """Where the root file system is mounted on the host until the runtime has taken it over."""
+        return self.mount / "rootfs"
 
     @property
     def main(self) -> Monitor:
@@ -227,9 +239,20 @@ class OciWorkload(Workload):
         if grace_seconds > 0 and not self._has_ended():
             await self._ask_to_end(grace_seconds)
         self._signal(signal.SIGKILL)
-        await self._until_ended()
+        engine = self._engine
+        while not await self._ends_within(_ORPHANS_SECONDS):
+            # An unreaped orphan of ours inside holds up the end of its pid namespace.
+            engine.children.reap_orphans(engine.cgroups.contains_any)
         if self._terminal is not None:
             self._terminal.close()
+
+    async def _ends_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._until_ended()
+        except TimeoutError:
+            return False
+        return True
 
     async def _ask_to_end(self, grace_seconds: float) -> None:
         waiting: Awaitable[object]

@@ -44,8 +44,6 @@ def handle_error(_: Request[Any, Any, Any], error: Exception) -> Response[dict[s
 
 
 def _validation_text(error: ValidationException) -> str:
-    parts = []
-    for item in error.extra if isinstance(error.extra, list) else ():
-        if isinstance(item, dict) and "message" in item:
-            parts.append(f"{item.get('key', 'request')}: {item['message']}")
+    items = error.extra if isinstance(error.extra, list) else ()
+    parts = [f"{item.get('key', 'request')}: {item['message']}" for item in items if "message" in item]
     return "; ".join(parts) or error.detail

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
-from litestar import Controller, Request, get
-from litestar.params import Parameter
+from litestar import Controller, get
+from litestar.params import FromQuery, Parameter
 from litestar.types import ASGIApp
 
 from hiverd.api.documents import describe
 from hiverd.api.front import Family, family_of
+from hiverd.api.injected import AnyRequest, TheSandbox
 from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream
 from hiverd.contracts.errors import InvalidError
 from hiverd.sandboxes.sandbox import Sandbox
@@ -26,10 +27,10 @@ class EventsController(Controller):
     @get("/events", summary="Stream the sandbox's events", responses=describe())
     async def events(
         self,
-        request: Request[Any, Any, Any],
-        sandbox: Sandbox,
+        request: AnyRequest,
+        sandbox: TheSandbox,
         last_event_id: Annotated[str | None, Parameter(query="lastEventId", description="Skip events up to it")] = None,
-        follow: bool = True,
+        follow: FromQuery[bool] = True,
     ) -> ASGIApp:
         """Everything kept after the given id, then what happens. `follow=false` ends after the replay."""
         position = _position(request.headers.get("last-event-id"), last_event_id)

@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from json.encoder import encode_basestring_ascii
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-from litestar import Controller, Request, post
+from litestar import Controller, post
+from litestar.params import FromPath
 from litestar.status_codes import HTTP_200_OK, HTTP_204_NO_CONTENT
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from hiverd.api.documents import describe, json_body
+from hiverd.api.injected import AnyRequest, TheExecs, TheSandbox
 from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream, HeldJson
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.isolation import Stream
@@ -40,7 +42,7 @@ class ExecController(Controller):
         operation_class=json_body(ExecRequest),
         responses=describe(),
     )
-    async def run(self, request: Request[Any, Any, Any], sandbox: Sandbox, execs: Execs) -> ASGIApp:
+    async def run(self, request: AnyRequest, sandbox: TheSandbox, execs: TheExecs) -> ASGIApp:
         """Takes as long as the command; leaving kills it with all that it started."""
         command = command_of(decode_exec(await request.body()))
         if command is None:
@@ -55,7 +57,13 @@ class ExecController(Controller):
         operation_class=json_body(ExecRequest),
         responses=describe(),
     )
-    async def stream(self, request: Request[Any, Any, Any], sandbox: Sandbox, exec_id: str, execs: Execs) -> ASGIApp:
+    async def stream(
+        self,
+        request: AnyRequest,
+        sandbox: TheSandbox,
+        exec_id: FromPath[str],
+        execs: TheExecs,
+    ) -> ASGIApp:
         """Server-sent events; `exit` is always the last. The command runs before the headers are sent."""
         check_exec_id(exec_id)
         decoded = decode_exec(await request.body())
@@ -75,7 +83,13 @@ class ExecController(Controller):
         operation_class=json_body(StdinRequest),
         responses=describe({204: "Written"}),
     )
-    async def stdin(self, request: Request[Any, Any, Any], sandbox: Sandbox, exec_id: str, execs: Execs) -> None:
+    async def stdin(
+        self,
+        request: AnyRequest,
+        sandbox: TheSandbox,
+        exec_id: FromPath[str],
+        execs: TheExecs,
+    ) -> None:
         data = decode_stdin(await request.body()).data
         await execs.write(sandbox, exec_id, data.encode("utf-8", "replace"), parse_resize(data))
 

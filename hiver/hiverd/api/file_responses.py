@@ -64,7 +64,7 @@ class FileDownload(ASGIResponse):
         )
         self._download = download
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 -- ASGI
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = _Watch(receive)
         try:
             await self.start_response(send)
@@ -106,7 +106,7 @@ class DirectoryListing(ASGIResponse):
             return cls(first, batches, complete=True)
         return cls(first + second, batches, complete=False)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 -- ASGI
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.body:
             await self.start_response(send)
             await send(_body(self.body, more=False))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
-from litestar import Controller, Request, delete, get, post
+from litestar import Controller, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Parameter
+from litestar.params import FromQuery, Parameter
 from litestar.status_codes import HTTP_200_OK
 from litestar.types import ASGIApp
 from msgspec import Struct
@@ -15,10 +15,10 @@ from msgspec import Struct
 from hiverd.api.documents import bytes_body, describe
 from hiverd.api.file_responses import DirectoryListing, FileDownload
 from hiverd.api.file_uploads import UploadForm, body_of
+from hiverd.api.injected import AnyRequest, TheFiles, TheSandbox
 from hiverd.contracts.errors import InvalidError
-from hiverd.files.access import DirectoryEntry, FileAccess, Written
+from hiverd.files.access import DirectoryEntry, Written
 from hiverd.files.paths import path_from_url, query_value
-from hiverd.sandboxes.sandbox import Sandbox
 
 _BASE_SEGMENTS: Final = 5
 """`file` is number five when `/sandbox/{ref}/v1/{key}/file` is split at its slashes."""
@@ -27,7 +27,7 @@ QueryPath = Annotated[str | None, Parameter(description="Absolute path inside th
 """Declared for the API's description. Handlers take the value from the raw query, where odd bytes survive."""
 
 
-def _path_in_url(request: Request[Any, Any, Any]) -> bytes:
+def _path_in_url(request: AnyRequest) -> bytes:
     """What follows `/file/`, percent-decoded exactly once, so that names with `%`, `?`, `#` or odd bytes are reachable.
 
     Raises `InvalidError` for an empty path.
@@ -39,7 +39,7 @@ def _path_in_url(request: Request[Any, Any, Any]) -> bytes:
     return path
 
 
-def _path_in_query(request: Request[Any, Any, Any], declared: str | None) -> bytes:
+def _path_in_query(request: AnyRequest, declared: str | None) -> bytes:
     """`?path=` of the clients up to 0.1.23. Raises `InvalidError` if it is absent, empty or relative."""
     path = query_value(request.scope["query_string"], "path")
     if not declared or not path:
@@ -73,7 +73,11 @@ class FilesController(Controller):
 
     @get("/file/{path:path}", summary="Read a file", responses=_DOWNLOAD)
     async def read(
-        self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess, offset: int = 0
+        self,
+        request: AnyRequest,
+        sandbox: TheSandbox,
+        files: TheFiles,
+        offset: FromQuery[int] = 0,
     ) -> ASGIApp:
         """The bytes from `offset` on."""
         return FileDownload(await files.read(sandbox, _path_in_url(request), offset))
@@ -81,11 +85,11 @@ class FilesController(Controller):
     @get("/file", summary="Read a file, for clients up to 0.1.23", responses=_DOWNLOAD)
     async def read_by_query(
         self,
-        request: Request[Any, Any, Any],
-        sandbox: Sandbox,
-        files: FileAccess,
+        request: AnyRequest,
+        sandbox: TheSandbox,
+        files: TheFiles,
         path: QueryPath = None,
-        offset: int = 0,
+        offset: FromQuery[int] = 0,
     ) -> ASGIApp:
         """`path` is absolute."""
         return FileDownload(await files.read(sandbox, _path_in_query(request, path), offset))
@@ -97,12 +101,12 @@ class FilesController(Controller):
         operation_class=bytes_body("The file's content; may be empty"),
         responses=_WRITING,
     )
-    async def write(self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess) -> Written:
+    async def write(self, request: AnyRequest, sandbox: TheSandbox, files: TheFiles) -> Written:
         """Makes missing parents; replaces an existing file when everything has arrived."""
         return await files.write(sandbox, _path_in_url(request), body_of(request))
 
     @post("/file", status_code=HTTP_200_OK, summary="Write a file, for clients up to 0.1.23", responses=_WRITING)
-    async def write_form(self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess) -> Written:
+    async def write_form(self, request: AnyRequest, sandbox: TheSandbox, files: TheFiles) -> Written:
         """`multipart/form-data`: `destination`, an absolute directory, and then `file`, whose file name is used."""
         form = UploadForm(request.headers.get("content-type", ""), body_of(request))
         await form.open()
@@ -110,20 +114,28 @@ class FilesController(Controller):
         return await files.write(sandbox, path, form.content())
 
     @delete("/file/{path:path}", summary="Remove a file or an empty directory", responses=describe())
-    async def remove(self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess) -> None:
+    async def remove(self, request: AnyRequest, sandbox: TheSandbox, files: TheFiles) -> None:
         """A link is removed itself, not what it leads to."""
         await files.delete(sandbox, _path_in_url(request))
 
     @delete("/file", summary="Remove a file, for clients up to 0.1.23", responses=describe())
     async def remove_by_query(
-        self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess, path: QueryPath = None
+        self,
+        request: AnyRequest,
+        sandbox: TheSandbox,
+        files: TheFiles,
+        path: QueryPath = None,
     ) -> None:
         """`path` is absolute."""
         await files.delete(sandbox, _path_in_query(request, path))
 
     @get("/directories", summary="List a directory", responses=_LISTING)
     async def list_directory(
-        self, request: Request[Any, Any, Any], sandbox: Sandbox, files: FileAccess, path: QueryPath = None
+        self,
+        request: AnyRequest,
+        sandbox: TheSandbox,
+        files: TheFiles,
+        path: QueryPath = None,
     ) -> ASGIApp:
         """`path` may be empty, which is the root. Sorted by name unless the directory is very large."""
         raw = query_value(request.scope["query_string"], "path")

@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from litestar import Controller, Request, Response, get, post, put
+from litestar import Controller, Response, get, post, put
+from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp
 
 from hiverd.api.documents import describe, json_body
 from hiverd.api.front import family_of
+from hiverd.api.injected import AnyRequest, TheApplier, TheIsolation, TheManager, TheSandbox
 from hiverd.api.streams import HeldJson
 from hiverd.contracts.errors import NotFoundError, UnavailableError, UnsupportedError
-from hiverd.contracts.isolation import Isolation
-from hiverd.sandboxes.apply import ConfigApplier
-from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.answers import ApplyResult, SandboxInfo
 from hiverd.wire.config import SandboxConfig, config_to_wire, decode_config, validate_config, with_defaults
 from hiverd.wire.requests import SnapshotRequest, decode_snapshot
 
 
-def provide_any_sandbox(sandbox_ref: str, key: str, manager: Manager) -> Sandbox:
+def provide_any_sandbox(sandbox_ref: FromPath[str], key: FromPath[str], manager: TheManager) -> Sandbox:
     """The sandbox in the path, in whatever state; a sign of life (PROTOCOL 8)."""
     sandbox = manager.by_id(sandbox_ref)
     if sandbox is None or sandbox.key != key:
@@ -30,7 +29,7 @@ def provide_any_sandbox(sandbox_ref: str, key: str, manager: Manager) -> Sandbox
     return sandbox
 
 
-def provide_sandbox(any_sandbox: Sandbox) -> Sandbox:
+def provide_sandbox(any_sandbox: TheSandbox) -> Sandbox:
     """The sandbox in the path, running."""
     if not any_sandbox.ready:
         raise UnavailableError(f'sandbox "{any_sandbox.key}" is {any_sandbox.status}, not running')
@@ -42,7 +41,7 @@ class RunningController(Controller):
     tags = ("sandbox",)
 
     @get("/ping", summary="Keep the sandbox alive", responses=describe({200: "It is ready"}))
-    async def ping(self, any_sandbox: Sandbox, block: bool = False) -> Response[None]:
+    async def ping(self, any_sandbox: TheSandbox, block: FromQuery[bool] = False) -> Response[None]:
         """503 while it starts; `block=true` waits until it is ready."""
         if not any_sandbox.ready and block and any_sandbox.status == "starting":
             await asyncio.shield(any_sandbox.created)
@@ -51,16 +50,16 @@ class RunningController(Controller):
         return Response(None, status_code=200, media_type="text/plain")
 
     @get("/ports", summary="TCP ports: declared by the image, or listened on", responses=describe())
-    async def ports(self, sandbox: Sandbox) -> list[int]:
+    async def ports(self, sandbox: TheSandbox) -> list[int]:
         declared = sandbox.spec.image.exposed_ports if sandbox.spec is not None else ()
         return sorted({*declared, *await sandbox.workload.listening_ports()})
 
     @get("/info", summary="The kind of isolation", responses=describe())
-    async def info(self, sandbox: Sandbox, isolation: Isolation) -> SandboxInfo:
+    async def info(self, sandbox: TheSandbox, isolation: TheIsolation) -> SandboxInfo:
         return SandboxInfo(isolation.kind)
 
     @get("/config", summary="The configuration in force", responses=describe())
-    async def config(self, request: Request[Any, Any, Any], sandbox: Sandbox) -> dict[str, Any]:
+    async def config(self, request: AnyRequest, sandbox: TheSandbox) -> dict[str, Any]:
         return config_to_wire(sandbox.config, family=family_of(request.scope))
 
     @put(
@@ -69,7 +68,12 @@ class RunningController(Controller):
         operation_class=json_body(SandboxConfig),
         responses=describe({200: "Applied, or rolled back with `error`", 409: "Another apply is in progress"}),
     )
-    async def apply(self, request: Request[Any, Any, Any], any_sandbox: Sandbox, applier: ConfigApplier) -> ApplyResult:
+    async def apply(
+        self,
+        request: AnyRequest,
+        any_sandbox: TheSandbox,
+        applier: TheApplier,
+    ) -> ApplyResult:
         """All or nothing: when the answer says `applied`, it is in force."""
         desired = with_defaults(decode_config(await request.body()))
         validate_config(desired)
@@ -83,7 +87,7 @@ class RunningController(Controller):
         )
 
     @post("/snapshot", summary="Capture a snapshot", operation_class=json_body(SnapshotRequest), responses=describe())
-    async def snapshot(self, request: Request[Any, Any, Any], sandbox: Sandbox) -> ASGIApp:
+    async def snapshot(self, request: AnyRequest, sandbox: TheSandbox) -> ASGIApp:
         decoded = decode_snapshot(await request.body())
 
         async def work() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any
 
 import msgspec
-from litestar import Controller, Request, Response, delete, get, post, put
+from litestar import Controller, Response, delete, get, post, put
 from litestar.openapi.spec import Operation
+from litestar.params import FromPath
 from litestar.status_codes import HTTP_200_OK, HTTP_204_NO_CONTENT
 from litestar.types import ASGIApp
 
 from hiverd.api.documents import describe, json_body
+from hiverd.api.injected import AnyRequest, TheManager, ThePlanner
 from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream, HeldJson
 from hiverd.contracts.errors import InvalidError, NotFoundError
 from hiverd.sandboxes.manager import Manager
@@ -37,7 +38,7 @@ def reference(sandbox: Sandbox) -> SandboxRef:
     return SandboxRef(sandbox.id, sandbox.key, sandbox.status)
 
 
-async def _create(request: Request[Any, Any, Any], key: str, manager: Manager, planner: MountPlanner) -> ASGIApp:
+async def _create(request: AnyRequest, key: str, manager: Manager, planner: MountPlanner) -> ASGIApp:
     check_key(key)
     raw = await request.body()
     image = request.headers.get("x-hiver-image")
@@ -62,7 +63,11 @@ class CreateController(Controller):
         summary="Get or create a sandbox",
     )
     async def create(
-        self, request: Request[Any, Any, Any], key: str, manager: Manager, planner: MountPlanner
+        self,
+        request: AnyRequest,
+        key: FromPath[str],
+        manager: TheManager,
+        planner: ThePlanner,
     ) -> ASGIApp:
         """Clients from 0.1.20 on. Answers once the sandbox is ready."""
         return await _create(request, key, manager, planner)
@@ -74,7 +79,11 @@ class CreateController(Controller):
         summary="Get or create a sandbox (clients up to 0.1.18)",
     )
     async def create_old(
-        self, request: Request[Any, Any, Any], key: str, manager: Manager, planner: MountPlanner
+        self,
+        request: AnyRequest,
+        key: FromPath[str],
+        manager: TheManager,
+        planner: ThePlanner,
     ) -> ASGIApp:
         return await _create(request, key, manager, planner)
 
@@ -84,15 +93,15 @@ class ControllerRoutes(Controller):
     tags = ("sandboxes",)
 
     @get("/sandboxes", summary="List all sandboxes")
-    async def list_sandboxes(self, manager: Manager) -> list[SandboxRef]:
+    async def list_sandboxes(self, manager: TheManager) -> list[SandboxRef]:
         return [reference(sandbox) for sandbox in manager.all()]
 
     @get("/sandboxes/events", summary="Stream lifecycle changes of all sandboxes", operation_class=Operation)
-    async def watch(self, manager: Manager) -> ASGIApp:
+    async def watch(self, manager: TheManager) -> ASGIApp:
         return EventStream(_lifecycle_frames(manager))
 
     @post("/shutdown/{key:str}", status_code=HTTP_204_NO_CONTENT, summary="Shut a sandbox down (clients up to 0.1.18)")
-    async def shutdown_old(self, key: str, manager: Manager) -> None:
+    async def shutdown_old(self, key: FromPath[str], manager: TheManager) -> None:
         """Answers when the sandbox is gone."""
         sandbox = manager.by_key(key)
         if sandbox is None:
@@ -112,16 +121,16 @@ class PodController(Controller):
     tags = ("sandboxes",)
 
     @get("/", summary="The sandboxes under an id")
-    async def show(self, sandbox_ref: str, manager: Manager) -> PodInfo:
+    async def show(self, sandbox_ref: FromPath[str], manager: TheManager) -> PodInfo:
         sandbox = _by_id(manager, sandbox_ref)
         return PodInfo((PodSandbox(sandbox.key, sandbox.ready, sandbox.status),))
 
     @get("/events", summary="Stream lifecycle changes under an id")
-    async def events(self, sandbox_ref: str, manager: Manager) -> ASGIApp:
+    async def events(self, sandbox_ref: FromPath[str], manager: TheManager) -> ASGIApp:
         return EventStream(_pod_frames(manager, _by_id(manager, sandbox_ref)))
 
     @delete("/{key:str}", status_code=HTTP_200_OK, summary="Shut a sandbox down")
-    async def shutdown(self, sandbox_ref: str, key: str, manager: Manager) -> ASGIApp:
+    async def shutdown(self, sandbox_ref: FromPath[str], key: FromPath[str], manager: TheManager) -> ASGIApp:
         """204 when it is gone within a second; else 200, held open, with the key in the body when it is."""
         sandbox = _by_id(manager, sandbox_ref)
         if sandbox.key != key:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 PIECE_BYTES: Final = 1 << 20
 """How much one visit to a thread reads or writes."""
+_PENDING_CHUNKS: Final = 1000
+"""How many chunks are gathered for one write: tiny ones would take more memory than they carry."""
 BATCH_ENTRIES: Final = 1000
 """How many directory entries are held at a time."""
 
@@ -123,6 +125,7 @@ class Download:
     ) -> None:
         self._threads = threads
         self._sandbox = sandbox
+        self._sandbox_id = sandbox.workload.sandbox_id
         self._file = file
         self._report = report
         self._span = span
@@ -148,10 +151,9 @@ class Download:
         self.close()
 
     async def _read(self, size: int, position: int) -> bytes:
-        sandbox_id = self._sandbox.workload.sandbox_id
         try:
             return await self._threads.run(
-                sandbox_id, lambda: self._file.use(lambda file: os.pread(file.fd, size, position))
+                self._sandbox_id, lambda: self._file.use(lambda file: os.pread(file.fd, size, position))
             )
         except OSError as error:
             problem = failure(error, self.path, reading=True)
@@ -271,6 +273,7 @@ class _Upload:
     def __init__(self, threads: FileThreads, sandbox: Sandbox, file: staged.StagedFile) -> None:
         self._threads = threads
         self._sandbox = sandbox
+        self._sandbox_id = sandbox.workload.sandbox_id
         self._file = Guarded(file)
         self._writing: asyncio.Task[None] | None = None
 
@@ -291,7 +294,8 @@ class _Upload:
         async for data in content:
             pending.append(data)
             pending_bytes += len(data)
-            if pending_bytes >= PIECE_BYTES:
+            self._sandbox.touch()
+            if pending_bytes >= PIECE_BYTES or len(pending) >= _PENDING_CHUNKS:
                 await self._written()
                 self._writing = asyncio.create_task(self._write(pending), name="files:write")
                 pending, pending_bytes = [], 0
@@ -307,10 +311,9 @@ class _Upload:
 
     async def _write(self, pieces: list[bytes]) -> None:
         await self._run(lambda file: file.write(pieces))
-        self._sandbox.touch()
 
     async def _run(self, function: Callable[[staged.StagedFile], None]) -> None:
-        await self._threads.run(self._sandbox.workload.sandbox_id, lambda: self._file.use(function))
+        await self._threads.run(self._sandbox_id, lambda: self._file.use(function))
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

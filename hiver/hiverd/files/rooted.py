@@ -133,12 +133,30 @@ def entries(directory_fd: int) -> Generator[Entry]:
             yield Entry(os.fsencode(item.name), is_directory, 0 if is_directory else info.st_size)
 
 
+def is_mounted(parent_fd: int, name: bytes) -> bool:
+    """Whether something is mounted on this name inside the sandbox.
+
+    The sandbox's mounts are not mounts of the server's own namespace, so that the kernel would not say EBUSY but let
+    the name go and unmount what the sandbox has there.
+    """
+    try:
+        os.close(linux.openat2(parent_fd, name, O_PATH | os.O_NOFOLLOW, linux.RESOLVE_NO_XDEV))
+    except OSError as error:
+        return error.errno == errno.EXDEV
+    return False
+
+
 def remove(root_fd: int, path: bytes) -> None:
-    """Removes a file, a link (not its target) or an empty directory. `path` is clean and not `/`."""
+    """Removes a file, a link (not its target) or an empty directory. `path` is clean and not `/`.
+
+    EBUSY for what is a mount inside the sandbox.
+    """
     parent, name = os.path.split(path)
     parent_fd = open_in_root(root_fd, parent, O_PATH | os.O_DIRECTORY)
     try:
         refuse_pseudo(parent_fd)
+        if is_mounted(parent_fd, name):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         try:
             os.unlink(name, dir_fd=parent_fd)
         except (IsADirectoryError, PermissionError):
@@ -199,6 +217,8 @@ class Target(NamedTuple):
     parent_fd: int
     name: bytes
     existing: os.stat_result | None
+    mounted: bool
+    """It is a mount of its own, so its name cannot be given to another file."""
 
 
 def locate_target(root_fd: int, path: bytes) -> Target:
@@ -213,7 +233,7 @@ def locate_target(root_fd: int, path: bytes) -> Target:
             refuse_pseudo(parent_fd)
             link = _link_target(parent_fd, name)
             if link is None:
-                return Target(parent_fd, name, _stat_existing(parent_fd, name))
+                return Target(parent_fd, name, _stat_existing(parent_fd, name), is_mounted(parent_fd, name))
             directory, name = _split_link(directory, link)
             following = open_in_root(root_fd, directory, O_PATH | os.O_DIRECTORY)
         except BaseException:

@@ -48,6 +48,9 @@ class StagedFile:
 
     def commit(self) -> None:
         """Gives the file its mode and its name, replacing what was there."""
+        if self._target.mounted:
+            self._overwrite()
+            return
         with linux.creating_as(*self._ids):
             self._take_over_attributes()
             if self._temporary is None and self._target.existing is None and self._link(self._target.name):
@@ -97,25 +100,12 @@ class StagedFile:
     def _rename(self) -> None:
         assert self._temporary is not None  # noqa: S101 -- commit made one
         parent_fd = self._target.parent_fd
-        try:
-            os.rename(self._temporary, self._target.name, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            self._overwrite()
-        else:
-            self._temporary = None
+        os.rename(self._temporary, self._target.name, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
+        self._temporary = None
 
     def _overwrite(self) -> None:
         """For a file that is itself a mount (`/etc/hosts` often is) and cannot be replaced by name."""
-        found = os.open(self._target.name, rooted.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._target.parent_fd)
-        try:
-            rooted.refuse_pseudo(found)
-            if not stat.S_ISREG(os.fstat(found).st_mode):
-                raise rooted.NotRegularError(errno.EINVAL, "is not a regular file")
-            out = rooted.reopen(found, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        finally:
-            os.close(found)
+        out = _open_mounted(self._target)
         source = rooted.reopen(self._fd, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while os.sendfile(out, source, None, _COPY_BYTES):
@@ -138,6 +128,18 @@ def stage(root_fd: int, path: bytes, ids: tuple[int, int]) -> StagedFile:
             os.close(target.parent_fd)
             raise
     return StagedFile(target, fd, temporary, ids)
+
+
+def _open_mounted(target: rooted.Target) -> int:
+    """A descriptor for writing to a regular file that is a mount of its own; it is empty then."""
+    found = os.open(target.name, rooted.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=target.parent_fd)
+    try:
+        rooted.refuse_pseudo(found)
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise rooted.NotRegularError(errno.EINVAL, "is not a regular file")
+        return rooted.reopen(found, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def _temporary_name() -> bytes:

@@ -79,7 +79,7 @@ class Volumes:
         """What this host offers, for `hiver doctor`: builds a volume and removes it again."""
         return [await self._run(lambda: probe_volumes(self._base))]
 
-    async def allocate(self, sandbox_id: str, slot: int) -> Path:  # noqa: ARG002 -- for kinds by project id or uid
+    async def allocate(self, sandbox_id: str, slot: int) -> Path:
         """The sandbox's volume; the same one if it has one already.
 
         Raises `UnavailableError` when the host's disk is nearly full. A caller that is cancelled still may have got a

@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from typing import Final, cast
 
 from hiverd.gateway.http1 import ProtocolError, ResponseHead, ResponseParser
 
 READ_BYTES: Final = 64 * 1024
-"""Taken from the peer at a time. What was taken has to be consumed before more is read, so a peer that sends something that
-is costly to parse, such as tiny chunks, holds the event loop for no longer than this takes."""
+"""Taken from the peer at a time, and to be consumed before more is read: so a peer that sends what is costly to parse,
+such as tiny chunks, holds the event loop for no longer than this much takes."""
 
-_read_buffer = memoryview(bytearray(READ_BYTES))
-"""One for all connections: it is filled and copied from within one call of the event loop."""
+_of_thread = threading.local()
+
+
+def _read_buffer() -> memoryview:
+    """One for all connections of an event loop: it is filled and copied from within one call of the loop."""
+    buffer: memoryview | None = getattr(_of_thread, "buffer", None)
+    if buffer is None:
+        buffer = _of_thread.buffer = memoryview(bytearray(READ_BYTES))
+    return buffer
 
 
 class UpstreamError(Exception):
@@ -42,6 +50,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._parser: ResponseParser | None = None
         self._pieces: list[bytes] = []
+        self._buffer = _read_buffer()
         self._unread_bytes = 0
         self._answered = False
         self._error: UpstreamError | None = None
@@ -115,10 +124,7 @@ class Connection(asyncio.BufferedProtocol):
         pieces = self._pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
-        self._unread_bytes = 0
-        if self._reading_paused and self._transport is not None and not self._closed:
-            self._reading_paused = False
-            self._transport.resume_reading()
+        self._resume_reading()
         return data, not parser.complete
 
     def finish(self) -> bool:
@@ -144,6 +150,7 @@ class Connection(asyncio.BufferedProtocol):
         self._raw = True
         if parser.excess:
             self._pieces.append(parser.excess)
+            parser.excess = b""
         parser.complete = False
 
     def stale(self) -> bool:
@@ -171,11 +178,11 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 -- the loop passes it
-        return _read_buffer
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        data = bytes(_read_buffer[:nbytes])
+        data = bytes(self._buffer[:nbytes])
         parser = self._parser
         if parser is None or self._error is not None:
             self.abort("the upstream spoke out of turn")
@@ -207,7 +214,7 @@ class Connection(asyncio.BufferedProtocol):
                     self._fail(str(error))
         self._wake()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 -- the loop passes it
+    def connection_lost(self, exc: Exception | None) -> None:
         self._fail("the connection was lost")
         self._closed = True
         self._wake()
@@ -231,6 +238,12 @@ class Connection(asyncio.BufferedProtocol):
             self._reading_paused = True
             self._transport.pause_reading()
 
+    def _resume_reading(self) -> None:
+        self._unread_bytes = 0
+        if self._reading_paused and self._transport is not None and not self._closed:
+            self._reading_paused = False
+            self._transport.resume_reading()
+
     def _fail(self, reason: str) -> None:
         if self._error is None and self._parser is not None and not self._parser.complete:
             self._error = UpstreamError(reason, unanswered=not self._answered)
@@ -242,6 +255,7 @@ class Connection(asyncio.BufferedProtocol):
             raise UpstreamError("the connection was lost", unanswered=not self._answered)
 
     async def _wait_for_data(self) -> None:
+        self._resume_reading()
         self._reader = self._loop.create_future()
         try:
             await self._reader

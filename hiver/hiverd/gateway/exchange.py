@@ -27,16 +27,13 @@ class ClientGoneError(Exception):
 class Route:
     """Where a request goes."""
 
-    __slots__ = ("patience_seconds", "pool", "port", "port_text", "target", "workload")
+    __slots__ = ("patience_seconds", "pool", "port", "target", "workload")
 
-    def __init__(
-        self, workload: Workload, pool: Pool, port_text: str, port: int, target: bytes, patience_seconds: float
-    ) -> None:
+    def __init__(self, workload: Workload, pool: Pool, port: int, target: bytes, patience_seconds: float) -> None:
         """`target` is the request target in origin form, path and query (RFC 9112 3.2.1)."""
         self.workload = workload
         self.pool = pool
         self.port = port
-        self.port_text = port_text
         self.target = target
         self.patience_seconds = patience_seconds
 
@@ -169,11 +166,10 @@ class HttpExchange:
         """502, with an empty body if nothing listens (PROTOCOL 3.13)."""
         if self._uplink is not None and self._uplink.gone.done():
             return
+        self._recorder.response(502, [], text=False)
         if isinstance(error, NothingListensError):
-            self._recorder.response(502, [], text=False)
             await answer(self._scope, self._send, 502, b"", None)
         else:
-            self._recorder.response(502, [], text=False)
             await answer_error(self._scope, self._send, 502, str(error))
 
     async def _relay(self, head: ResponseHead) -> None:

@@ -99,9 +99,7 @@ class Gateway:
         if _UNSAFE_IN_TARGET.search(request_target):
             raise ValueError("unsafe request target")
         workload = target.workload
-        route = Route(
-            workload, self._pool(workload.sandbox_id), port_text, port, request_target, self._refused_patience_seconds
-        )
+        route = Route(workload, self._pool(workload.sandbox_id), port, request_target, self._refused_patience_seconds)
         recorder = IngressRecorder(
             target.events,
             port=port_text,

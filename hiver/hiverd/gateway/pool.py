@@ -83,7 +83,7 @@ class Pool:
         Raises `DialError` at once for anything else. `namespace` None dials from the host, never to its loopback.
         """
         deadline = self._loop.time() + refused_patience_seconds
-        while True:
+        while not self._closed:
             connection = await self._try_addresses(namespace, addresses, port)
             if connection is not None:
                 return connection
@@ -91,6 +91,7 @@ class Pool:
             if wait_seconds <= 0:
                 raise NothingListensError(f"nothing listens on port {port} in the sandbox")
             await asyncio.sleep(wait_seconds)
+        raise DialError("the sandbox is gone")
 
     def close(self) -> None:
         """Closes all connections, those in use as well. Whoever waits on one gets an error."""

@@ -55,11 +55,11 @@ async def test_write_and_read(client: httpx.AsyncClient, sandbox: FolderSandbox,
 async def test_modes_do_not_depend_on_the_servers_umask(client: httpx.AsyncClient, sandbox: FolderSandbox) -> None:
     before = os.umask(0o077)
     try:
-        assert (await client.post("/file/new/file", content=b"x")).status_code == 200
+        assert (await client.post("/file/hiver-new/file", content=b"x")).status_code == 200
     finally:
         os.umask(before)
-    assert stat.S_IMODE((sandbox.root / "new").stat().st_mode) == 0o755
-    assert stat.S_IMODE((sandbox.root / "new/file").stat().st_mode) == 0o644
+    assert stat.S_IMODE((sandbox.root / "hiver-new").stat().st_mode) == 0o755
+    assert stat.S_IMODE((sandbox.root / "hiver-new/file").stat().st_mode) == 0o644
 
 
 async def test_overwriting_keeps_mode_and_owner(client: httpx.AsyncClient, sandbox: FolderSandbox) -> None:
@@ -311,8 +311,8 @@ async def test_events_under_a_mount(
 
 
 async def test_no_events_outside_mounts(client: httpx.AsyncClient, sandbox: FolderSandbox) -> None:
-    assert (await client.post("/file/tmp/f", content=b"x")).status_code == 200
-    assert (await client.get("/file/tmp/f")).status_code == 200
+    assert (await client.post("/file/hiver-elsewhere/f", content=b"x")).status_code == 200
+    assert (await client.get("/file/hiver-elsewhere/f")).status_code == 200
     assert sandbox.recorded.events == []
 
 

@@ -137,11 +137,6 @@ def test_whole_floats_are_integers() -> None:
         b'\xef\xbb\xbf{"cpu": 1}',
         b"[" * 100_000,
         b'{"a":' * 50_000,
-        b'{"egress": [{"access": "allow", "host": "h", "override": {"body": '
-        + b'{"a":' * 80
-        + b"1"
-        + b"}" * 84
-        + b"]}",
         b'{"egress": [], "egress": [{"access": "allow", "host": "*"}]}',
         b'{"cpu": 1} x',
     ],
@@ -151,6 +146,40 @@ def test_hostile_json_is_refused(raw: bytes) -> None:
         decode_config(raw)
     caught.value.message.encode()
     assert len(caught.value.message) < 500
+
+
+def with_body(body: str) -> bytes:
+    """A configuration whose one free-form member is `body`."""
+    return b'{"egress":[{"access":"allow","host":"h","override":{"body":{"a":%s}}}]}' % body.encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("[" * 80 + "]" * 80, "nested more than 64 levels deep"),
+        ('{"a":' * 80 + "1" + "}" * 80, "nested more than 64 levels deep"),
+        ('[{"a":' * 40 + "1" + "}]" * 40, "nested more than 64 levels deep"),
+        ("1e999", "a number that is out of range"),
+        ("[-1e999]", "a number that is out of range"),
+        (str(2**64), "a number that is out of range"),
+        (str(-(2**63) - 1), "a number that is out of range"),
+        ('"\\ud800"', "an unpaired surrogate"),
+        ('{"\\ud800": 1}', "an unpaired surrogate"),
+        ('{"b": 1, "b": 2}', "b: is given twice"),
+    ],
+)
+def test_free_form_members_are_not_a_way_around(body: str, reason: str) -> None:
+    with pytest.raises(InvalidError) as caught:
+        decode_config(with_body(body))
+    assert reason in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body", ["[" * 50 + "]" * 50, str(2**64 - 1), str(-(2**63)), "1.5e300", '"\\ud83d\\ude00"', "null"]
+)
+def test_free_form_members_come_back_whole(body: str) -> None:
+    wire = config_to_wire(decode_config(with_body(body)), family="new")
+    assert wire["egress"][0]["override"]["body"] == {"a": json.loads(body)}
 
 
 json_values = st.recursive(

@@ -1,0 +1,26 @@
+"""What handlers ask for: the server's parts, given by name (see `hiverd.app.build_asgi`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request
+from litestar.di import NamedDependency
+
+from hiverd.contracts.isolation import Isolation
+from hiverd.files.access import FileAccess
+from hiverd.sandboxes.apply import ConfigApplier
+from hiverd.sandboxes.execs import Execs
+from hiverd.sandboxes.manager import Manager
+from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.sandbox import Sandbox
+
+AnyRequest = Request[Any, Any, Any]
+
+TheApplier = NamedDependency[ConfigApplier]
+TheExecs = NamedDependency[Execs]
+TheFiles = NamedDependency[FileAccess]
+TheIsolation = NamedDependency[Isolation]
+TheManager = NamedDependency[Manager]
+ThePlanner = NamedDependency[MountPlanner]
+TheSandbox = NamedDependency[Sandbox]
