@@ -29,7 +29,7 @@ from hiverd.api.files import FilesController
 from hiverd.api.front import Front
 from hiverd.api.guard import BrowserGuard
 from hiverd.api.running import RunningController, provide_any_sandbox, provide_sandbox
-from hiverd.api.sandboxes import ControllerRoutes, CreateController, PodController
+from hiverd.api.sandboxes import ControllerRoutes, CreateController, PodController, pod_events
 from hiverd.api.streams import close_all_streams
 from hiverd.clock import SystemClock
 from hiverd.contracts.errors import HiverError, UnavailableError
@@ -214,6 +214,7 @@ def build_asgi(services: Services) -> Front:
             CreateController,
             ControllerRoutes,
             PodController,
+            pod_events,
             RunningController,
             ExecController,
             EventsController,

@@ -6,11 +6,11 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from hiver_backends.oci import OciIsolation
 
+from hiver_backends.oci import OciIsolation
 from hiverd.contracts.isolation import BackendContext
 from hiverd.testing.isolation import Harness
 
@@ -31,6 +31,8 @@ needs_oci = pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
 class OciHarness(Harness):
     """Folders below `folder`; the probing run's answer is shared by all tests of one run of pytest."""
 
+    _remembered: ClassVar[bytes] = b""
+
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder)
         self.options = options
@@ -50,9 +52,15 @@ class OciHarness(Harness):
 
     def build(self) -> OciIsolation:
         self.context.data_dir.mkdir(mode=0o700, exist_ok=True)
+        memory = self.context.data_dir / "probe.json"
+        if OciHarness._remembered and not memory.exists():
+            memory.write_bytes(OciHarness._remembered)
         self.context.run_dir.mkdir(mode=0o700, exist_ok=True)
         return OciIsolation(self.context)
 
     def remove(self) -> None:
         """Once no sandbox is left."""
+        memory = self.context.data_dir / "probe.json"
+        if memory.exists():
+            OciHarness._remembered = memory.read_bytes()
         shutil.rmtree(self.run_dir, ignore_errors=True)

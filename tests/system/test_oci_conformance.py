@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from system.oci_support import OciHarness, needs_oci
 
 from hiverd.testing.isolation import IsolationSuite
+from system.oci_support import OciHarness, needs_oci
 
 pytestmark = [pytest.mark.system, needs_oci]
 

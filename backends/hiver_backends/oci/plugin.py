@@ -86,9 +86,7 @@ class OciIsolation(Isolation):
             calls=calls, conmon=conmon, execs=execs, children=self._children, cgroups=self._cgroups,
             inotify=self._inotify, rootfs=self._rootfs, pool=self._pool,
         )  # fmt: skip
-        folders = Places(
-            run=self.context.run_dir / "s", log=self.context.data_dir / "sandboxes", mount=self._mount_dir
-        )
+        folders = Places(run=self.context.run_dir / "s", log=self.context.data_dir / "sandboxes", mount=self._mount_dir)
         cleaner = Cleaner(folders, self._state_dir, self._cgroups, offer.runtime)
         self._started = _Started(engine, cleaner, offer.runtime, offer.init)
         await self._in_pool(lambda: self._prepare_folders(folders, execs))

@@ -49,8 +49,8 @@ tkill uname vfork wait4 waitid chroot
 """
 _MEMORY: Final = """
 brk cachestat get_mempolicy landlock_add_rule landlock_create_ruleset landlock_restrict_self madvise
-map_shadow_stack mbind mincore mlock mlock2 mlockall mmap mprotect mremap mseal msync munlock munlockall munmap pkey_alloc
-pkey_free pkey_mprotect remap_file_pages set_mempolicy set_mempolicy_home_node
+map_shadow_stack mbind mincore mlock mlock2 mlockall mmap mprotect mremap mseal msync munlock munlockall munmap
+pkey_alloc pkey_free pkey_mprotect remap_file_pages set_mempolicy set_mempolicy_home_node
 """
 _TIME_AND_EVENTS: Final = """
 clock_getres clock_gettime clock_nanosleep epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2

@@ -28,7 +28,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     init: str = "catatonit"
     """The program that becomes process 1 of every sandbox, by name or absolute path. Must be linked statically."""
     userns: UsernsMode = "auto"
-    """`required`: refuse to work without user namespaces. `off`: the sandbox's root is the host's, without privileges."""
+    """`required`: refuse to work without user namespaces. `off`: the sandbox's root is the host's, unprivileged."""
     userns_base: int = FIRST_HOST_ID
     """First host id of slot 0; each slot has the next 65,536."""
     log_max_bytes: int = 16 * 1024 * 1024

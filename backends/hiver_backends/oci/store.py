@@ -203,8 +203,8 @@ def _pull_error(source: Source, tail: str) -> Exception:
     reason = _last_line(tail)
     if any(sign in reason.lower() for sign in _UNKNOWN_IMAGE):
         return NotFoundError(
-            f"there is no image {source.reference!r}, or it may not be read: {reason}. Use an image that exists, an alias"
-            " of the server's configuration, or 'host'"
+            f"there is no image {source.reference!r}, or it may not be read: {reason}. Use an image that exists,"
+            " an alias of the server's configuration, or 'host'"
         )
     return InvalidError(f"image {source.reference!r} cannot be pulled: {reason}", field="image")
 

@@ -99,7 +99,7 @@ def move_mount(tree: int, target: str, *, directory: int = AT_FDCWD) -> None:
 
 
 def mount_setattr(tree: int, attributes: int, *, user_namespace: int | None = None, recursive: bool = False) -> None:
-    """mount_setattr(2) on a detached mount: sets `attributes` (MOUNT_ATTR_*), id-mapped if a user namespace is given."""
+    """mount_setattr(2) on a detached mount: sets `attributes` (MOUNT_ATTR_*), id-mapped by a user namespace."""
     if user_namespace is not None:
         attributes |= MOUNT_ATTR_IDMAP
     argument = struct.pack("QQQQ", attributes, 0, 0, user_namespace if user_namespace is not None else 0)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
+import struct
+import termios
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from datetime import UTC, datetime
@@ -26,6 +30,7 @@ from .inotify import Inotify
 
 _PACKET_BYTES: Final = 4096
 _LOOK_AGAIN_SECONDS: Final = 5.0
+_FIFO_SECONDS: Final = 1.0
 
 
 class EntryTerminal(Terminal):
@@ -62,15 +67,17 @@ class EntryTerminal(Terminal):
                 await self._send(data[start : start + _PACKET_BYTES])
 
     async def resize(self, rows: int, cols: int) -> None:
-        lines = f"1 {rows} {cols}\n"
+        sizes = [(rows, cols)]
         if self._size == (rows, cols):
             # The kernel signals only a change; the workload is to repaint all the same.
-            lines = f"1 {rows} {cols + 1}\n{lines}"
+            sizes.insert(0, (rows, cols + 1))
         self._size = (rows, cols)
         with contextlib.suppress(OSError):
             descriptor = os.open(self._monitor.control_fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                os.write(descriptor, lines.encode())
+                for size in sizes:
+                    os.write(descriptor, b"1 %d %d\n" % size)
+                    await _until_read(descriptor)
             finally:
                 os.close(descriptor)
 
@@ -144,6 +151,15 @@ class EntryTerminal(Terminal):
             data = b""
         if not data:
             self.close()
+
+
+async def _until_read(fifo: int) -> None:
+    """Until conmon has taken what is in its fifo: of two lines at once it would heed only the first."""
+    deadline_monotonic = time.monotonic() + _FIFO_SECONDS
+    while time.monotonic() < deadline_monotonic:
+        if not struct.unpack("i", fcntl.ioctl(fifo, termios.FIONREAD, b"\0" * 4))[0]:
+            return
+        await asyncio.sleep(0.001)
 
 
 def record_failure(monitor: Monitor, sandbox_id: str, code: int, message: str) -> None:

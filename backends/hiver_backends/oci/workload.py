@@ -69,8 +69,8 @@ class Identity(Struct, frozen=True, kw_only=True):
 class Places(Struct, frozen=True, kw_only=True):
     """A sandbox's folders: `run` is gone after a reboot, `log` is on disk.
 
-    `mount` has something mounted only while the sandbox is made. It is not below `run`, because a runtime looks up the root file system
-    with the rights of the sandbox's root, who may not enter our private folders.
+    `mount` has something mounted only while the sandbox is made. It is not below `run`, because a runtime looks up the
+    root file system with the rights of the sandbox's root, who may not enter our private folders.
     """
 
     run: Path

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Annotated, Final
 
 from litestar import Controller, get
-from litestar.params import FromQuery, Parameter
+from litestar.params import FromQuery, QueryParameter
 from litestar.types import ASGIApp
 
 from hiverd.api.documents import describe
@@ -17,6 +17,7 @@ from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream
 from hiverd.contracts.errors import InvalidError
 from hiverd.sandboxes.sandbox import Sandbox
 
+LastEventId = Annotated[str | None, QueryParameter(name="lastEventId", description="Skip events up to it")]
 _MAX_ID: Final = 2**63 - 1
 
 
@@ -29,7 +30,7 @@ class EventsController(Controller):
         self,
         request: AnyRequest,
         sandbox: TheSandbox,
-        last_event_id: Annotated[str | None, Parameter(query="lastEventId", description="Skip events up to it")] = None,
+        last_event_id: LastEventId = None,
         follow: FromQuery[bool] = True,
     ) -> ASGIApp:
         """Everything kept after the given id, then what happens. `follow=false` ends after the replay."""

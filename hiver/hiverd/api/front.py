@@ -19,6 +19,8 @@ from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.sandbox import Sandbox
 
 Family = Literal["old", "new"]
+POD_EVENTS_PATH: Final = "/pod-events/"
+"""Where `/sandbox/{id}/v1/events` is served: as a route of its own it would hide sandboxes whose key is `events`."""
 FAMILY_KEY: Final = "hiver_family"
 _PREFIX: Final = "/sandbox/"
 
@@ -81,7 +83,10 @@ class Front:
         if unquote(key.decode("ascii", "replace")) == sandbox.key and operation.startswith(b"proxy/"):
             return (sandbox, *_proxy_target(operation))
         self._guard.check(scope)
-        if key and key != b"events" and unquote(key.decode("ascii", "replace")) != sandbox.key:
+        if rest == b"events" and scope.get("method") in {"GET", "HEAD"}:
+            path = POD_EVENTS_PATH + sandbox.id
+            return cast("Scope", {**scope, "path": path, "raw_path": path.encode()})
+        if key and unquote(key.decode("ascii", "replace")) != sandbox.key:
             raise NotFoundError(f'no sandbox "{unquote(key.decode("ascii", "replace"))}" has the id {sandbox.id}')
         return scope
 

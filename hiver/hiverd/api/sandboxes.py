@@ -12,6 +12,7 @@ from litestar.status_codes import HTTP_200_OK, HTTP_204_NO_CONTENT
 from litestar.types import ASGIApp
 
 from hiverd.api.documents import describe, json_body
+from hiverd.api.front import POD_EVENTS_PATH
 from hiverd.api.injected import AnyRequest, TheManager, ThePlanner
 from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream, HeldJson
 from hiverd.contracts.errors import InvalidError, NotFoundError
@@ -125,10 +126,6 @@ class PodController(Controller):
         sandbox = _by_id(manager, sandbox_ref)
         return PodInfo((PodSandbox(sandbox.key, sandbox.ready, sandbox.status),))
 
-    @get("/events", summary="Stream lifecycle changes under an id")
-    async def events(self, sandbox_ref: FromPath[str], manager: TheManager) -> ASGIApp:
-        return EventStream(_pod_frames(manager, _by_id(manager, sandbox_ref)))
-
     @delete("/{key:str}", status_code=HTTP_200_OK, summary="Shut a sandbox down")
     async def shutdown(self, sandbox_ref: FromPath[str], key: FromPath[str], manager: TheManager) -> ASGIApp:
         """204 when it is gone within a second; else 200, held open, with the key in the body when it is."""
@@ -141,6 +138,12 @@ class PodController(Controller):
             return {"id": sandbox.id, "key": sandbox.key, "status": "destroyed"}
 
         return HeldJson(work(), prompt_status=204, cancel_on_disconnect=False, name=f"delete-{key}")
+
+
+@get(POD_EVENTS_PATH + "{sandbox_ref:str}", include_in_schema=False)
+async def pod_events(sandbox_ref: FromPath[str], manager: TheManager) -> ASGIApp:
+    """The lifecycle changes under an id."""
+    return EventStream(_pod_frames(manager, _by_id(manager, sandbox_ref)))
 
 
 async def _pod_frames(manager: Manager, sandbox: Sandbox) -> AsyncGenerator[bytes, None]:

@@ -113,7 +113,7 @@ class VolumeStore:
     def owners(self) -> dict[str, str]:
         """Sandbox id to volume id."""
         found = {}
-        for name in os.listdir(self._owners):
+        for name in os.listdir(self._owners) if self._owners.is_dir() else ():
             volume_id = self.owned(name)
             if volume_id is not None:
                 found[name] = volume_id

@@ -58,6 +58,7 @@ class Volumes:
         self._ready: deque[str] = deque()
         self._allocating: dict[str, asyncio.Task[Path]] = {}
         self._building = 0
+        self._closed = False
         self._changed = asyncio.Event()
         # Set when `_ready` or `_building` got smaller.
         self._refilling: asyncio.Task[None] | None = None
@@ -159,7 +160,13 @@ class Volumes:
             return None
 
     async def close(self, remove_all: bool = False) -> None:
-        """Stops preparing and removes what is ready; with `remove_all` the sandboxes' volumes too. Idempotent."""
+        """Stops preparing and removes what is ready; with `remove_all` the sandboxes' volumes too.
+
+        Final: a second call does nothing.
+        """
+        if self._closed:
+            return
+        self._closed = True
         if self._refilling is not None:
             self._refilling.cancel()
             await asyncio.wait([self._refilling])
@@ -215,6 +222,7 @@ class Volumes:
     # -- probing ------------------------------------------------------------------------------------------------------
 
     def _choose(self) -> None:
+        self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
         for leftover in self._base.glob("probe-*"):
             _remove_probe(leftover)
         finding = probe_volumes(self._base)

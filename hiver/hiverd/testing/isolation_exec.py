@@ -171,7 +171,9 @@ class ExecSuite:
         assert [(output.code, output.stdout) for output in outputs] == [(n, b"%d\n" % n) for n in range(24)]
 
     async def test_a_terminal_merges_streams_and_has_a_size(self, workload: Workload) -> None:
-        process = await start(workload, "stty size; test -t 0 && test -t 2 && echo tty $TERM >&2; read x; stty size", tty=True)
+        process = await start(
+            workload, "stty size; test -t 0 && test -t 2 && echo tty $TERM >&2; read x; stty size", tty=True
+        )
         output = process.output()
         await read_until(output, b"tty xterm-256color\r\n")
         process.resize(33, 101)
@@ -217,5 +219,3 @@ async def _count(workload: Workload, marker: str) -> int:
     script = "n=0; for f in /proc/[0-9]*/cmdline; do"
     script += f" case \"$(tr '\\0' ' ' < $f 2>/dev/null)\" in 'sleep {marker} ') n=$((n+1));; esac; done; echo $n"
     return int((await run(workload, script)).stdout)
-
-

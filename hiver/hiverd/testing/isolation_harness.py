@@ -127,7 +127,7 @@ async def collect(process: ExecProcess) -> dict[Stream, bytes]:
     return {stream: bytes(data) for stream, data in pieces.items()}
 
 
-async def read_until(output: AsyncIterator[Any], wanted: bytes) -> bytes:
+async def read_until(output: AsyncIterator[bytes] | AsyncIterator[tuple[Stream, bytes]], wanted: bytes) -> bytes:
     """Reads a live stream until `wanted` has been seen; pieces may be bytes or (stream, bytes)."""
     seen = b""
     async with asyncio.timeout(DEADLINE_SECONDS):

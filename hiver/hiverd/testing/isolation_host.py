@@ -13,7 +13,7 @@ import pytest
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.isolation import Isolation, Mount, Workload
 
-from .isolation_harness import Harness, eventually, run, start
+from .isolation_harness import Harness, eventually, read_until, run, start
 from .isolation_life import shell
 
 _OPERATOR = 4242
@@ -49,7 +49,9 @@ class HostSuite:
             output = await run(workload, "cat /etc/hostname /proc/sys/kernel/hostname; cat /etc/hosts")
             assert output.stdout.startswith(b"box\nbox\n")
             assert b"10.1.2.3\tdb.internal\n" in output.stdout
-            assert (await run(workload, "echo '1.2.3.4 mine' >> /etc/hosts && sed -i s/mine/ours/ /etc/hosts")).code == 0
+            assert (
+                await run(workload, "echo '1.2.3.4 mine' >> /etc/hosts && sed -i s/mine/ours/ /etc/hosts")
+            ).code == 0
 
     async def test_nothing_but_loopback(self, workload: Workload) -> None:
         assert (await run(workload, "ls /sys/class/net; cat /proc/net/route")).stdout.split()[0] == b"lo"
@@ -83,8 +85,7 @@ class HostSuite:
         async with harness.sandbox(isolation, pids_max=64) as workload:
             bomb = "i=0; while [ $i -lt 200 ]; do sleep 30 & i=$((i+1)); done; wait"
             process = await start(workload, bomb)
-            stderr = b"".join([data async for stream, data in process.output() if stream == "stderr"][:1])
-            assert b"fork" in stderr.lower() or b"resource" in stderr.lower()
+            await read_until(process.output(), b"fork")
             await process.close()
             assert (await run(workload, "echo alive")).stdout == b"alive\n"
 
@@ -96,7 +97,9 @@ class HostSuite:
             assert (folder / "file").read_text() == "hi\n"
             assert await workload.mounted_targets() == {"/workspace"}
 
-    async def test_operators_mount_keeps_its_owner(self, harness: Harness, isolation: Isolation, tmp_path: Path) -> None:
+    async def test_operators_mount_keeps_its_owner(
+        self, harness: Harness, isolation: Isolation, tmp_path: Path
+    ) -> None:
         folder = tmp_path / "operators"
         folder.mkdir(mode=0o755)
         (folder / "given").write_text("given\n")
@@ -105,7 +108,9 @@ class HostSuite:
         (folder / "foreign").write_text("")
         mounts = (Mount("/data", str(folder), owned=False),)
         async with harness.sandbox(isolation, mounts=mounts) as workload:
-            script = "stat -c %u /data /data/given; cat /data/given; echo new > /data/made; mkdir /data/sub; rm /data/given"
+            script = (
+                "stat -c %u /data /data/given; cat /data/given; echo new > /data/made; mkdir /data/sub; rm /data/given"
+            )
             assert await run(workload, script) == (0, b"0\n0\ngiven\n", b"")
             assert (folder / "made").stat().st_uid == _OPERATOR
             assert (folder / "sub").stat().st_gid == _OPERATOR

@@ -7,10 +7,10 @@ import asyncio
 
 from hiverd.contracts.isolation import Isolation, Terminal
 
-from .isolation_harness import Harness, read_until, run
+from .isolation_harness import Harness, eventually, read_until, run
 from .isolation_life import shell
 
-_ECHO = "stty -echo; test -t 0 && echo on $TERM $COLORTERM; while read line; do echo \"got $line\"; done; exit 4"
+_ECHO = 'stty -echo; test -t 0 && echo on $TERM $COLORTERM; while read line; do echo "got $line"; done; exit 4'
 
 
 class TerminalSuite:
@@ -96,9 +96,7 @@ def _of(terminal: Terminal | None) -> Terminal:
 
 async def _seen(terminal: Terminal, wanted: bytes) -> None:
     """Waits until the terminal has shown something, at any time since its beginning."""
-    async with asyncio.timeout(30):
-        while wanted not in await terminal.scrollback(65536):
-            await asyncio.sleep(0.01)
+    await eventually(lambda: terminal.scrollback(65536), lambda shown: wanted in shown)
 
 
 async def _drain(terminal: Terminal) -> None:
