@@ -41,7 +41,8 @@ async def the_quick_start_word_for_word(context: Context) -> None:
 
     async def remove_when_told() -> None:
         async def told() -> bool:
-            return "hello from the sandbox" in printed.getvalue() and "event" in printed.getvalue()
+            readable = context.first_event_id is None  # the quick start opens its stream at the beginning
+            return "hello from the sandbox" in printed.getvalue() and (not readable or "event" in printed.getvalue())
 
         await eventually(told, seconds=30, what="the quick start printed an event")
         async with context.http() as http:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import websockets
 
-from contract.scenarios.context import Context
+from contract.scenarios.context import Context, read_until
 from contract.scenarios.registry import scenario
 
 PORT = 8765
@@ -30,9 +30,7 @@ async def with_server(context: Context) -> Any:
     source = resources.files("contract").joinpath("inner_server.py").read_text()
     await context.write(sandbox, "/workspace/inner_server.py", source)
     process = await sandbox.exec_stream(f"exec python3 -u /workspace/inner_server.py {PORT}")
-    async with asyncio.timeout(READY_SECONDS):
-        first = await anext(process.pipes)
-    assert first == {"stdout": "listening\n"}, first
+    await read_until(process, "listening\n", seconds=READY_SECONDS)
     return sandbox
 
 
@@ -110,7 +108,7 @@ async def websockets_pass_through(context: Context) -> None:
     sandbox = await with_server(context)
     url = proxy(context, sandbox, "/ws").replace("http://", "ws://")
     async with websockets.connect(url, open_timeout=10, close_timeout=5) as socket:
-        assert socket.protocol.extensions == []
+        assert not socket.protocol.extensions
         for message in ("text grüße", b"\x00binary\xff", "y" * 200_000):
             await socket.send(message)
             assert await asyncio.wait_for(socket.recv(), 10) == message
