@@ -7,10 +7,11 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -176,14 +177,29 @@ class Services:
             await self.manager.shutdown_all(_say)
         elif self.manager.all():
             _say(f"leaving {len(self.manager.all())} sandboxes running; the next start takes them over")
+        nothing_left = not self.manager.all()
         await self._stack.aclose()
+        if nothing_left:
+            _remove_run_folder(self.settings)
+
+
+def instance_of(data_dir: Path) -> str:
+    """Names everything of one server on its host. Derived from the data folder, so it never changes."""
+    return hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:8]
+
+
+def _remove_run_folder(settings: Settings) -> None:
+    """Without sandboxes there is nothing that the next start would need from it."""
+    shutil.rmtree(settings.server.run_dir / instance_of(settings.server.data_dir), ignore_errors=True)
+    with suppress(OSError):
+        settings.server.run_dir.rmdir()
 
 
 def backend_context(settings: Settings, name: str) -> BackendContext:
-    """What an isolation plug-in gets. The instance name is derived from the data folder, so it never changes."""
+    """What an isolation plug-in gets."""
     name = "oci" if name == "auto" else name
     data_dir = settings.server.data_dir
-    instance = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:8]
+    instance = instance_of(data_dir)
     run_dir = settings.server.run_dir / instance / name
     for folder in (data_dir, data_dir / name, settings.server.run_dir, run_dir.parent, run_dir):
         _private_folder(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -174,3 +175,9 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def keys_of(server: Server) -> list[str]:
+    """The keys that the server lists."""
+    with urllib.request.urlopen(f"{server.url}/controller/v1/sandboxes", timeout=10) as response:  # noqa: S310
+        return sorted(entry["key"] for entry in json.load(response))

@@ -88,7 +88,7 @@ class Cgroups:
             folder = hierarchy / self.parent / sandbox_id
             if folder.is_dir():
                 return _processes(folder)
-        return self.processes(sandbox_id)
+        return set()
 
     def kill(self, sandbox_id: str) -> None:
         """One round of SIGKILL to everything in the groups."""
@@ -122,15 +122,14 @@ class Cgroups:
         """Kills and removes until no group is left. Blocking. Raises `TimeoutError`."""
         deadline_monotonic = time.monotonic() + timeout_seconds
         delay_seconds = 0.0005
-        while folders := self.folders(sandbox_id):
+        # Most often all are in the first hierarchy we look at; what is only in another one, the second loop finds.
+        while members := self.members(sandbox_id):
+            for pid in members:
+                self._kill_member(sandbox_id, pid)
+            delay_seconds = _pause(delay_seconds, deadline_monotonic, self.path(sandbox_id))
+        while not all([_remove_tree(hierarchy / self.parent / sandbox_id) for hierarchy in self.hierarchies]):  # noqa: C419 -- each is to be tried
             self.kill(sandbox_id)
-            removed = [_remove_tree(folder) for folder in folders]
-            if all(removed):
-                return
-            if time.monotonic() > deadline_monotonic:
-                raise TimeoutError(f"control group {self.path(sandbox_id)} does not empty")
-            time.sleep(delay_seconds)
-            delay_seconds = min(delay_seconds * 2, 0.02)
+            delay_seconds = _pause(delay_seconds, deadline_monotonic, self.path(sandbox_id))
 
     def usage(self, sandbox_id: str) -> Usage:
         """Raises `FileNotFoundError` when the groups are gone."""
@@ -182,18 +181,41 @@ def _groups_of(pid: int) -> list[str]:
 
 
 def _processes(folder: Path) -> set[int]:
+    """Pids in a group and in those below it; the latter exist only if something inside was allowed to make them."""
     pids: set[int] = set()
-    for path, _, _ in os.walk(folder):
-        with contextlib.suppress(OSError):
-            pids.update(int(line) for line in Path(path, "cgroup.procs").read_text().split())
+    try:
+        pids.update(map(int, (folder / "cgroup.procs").read_text().split()))
+        below = os.stat(folder).st_nlink > 2
+    except OSError:
+        return pids
+    if below:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pids |= _processes(Path(entry.path))
     return pids - {0}
 
 
+def _pause(delay_seconds: float, deadline_monotonic: float, path: str) -> float:
+    """Waits, and returns for how long to wait the next time."""
+    if time.monotonic() > deadline_monotonic:
+        raise TimeoutError(f"control group {path} does not empty")
+    time.sleep(delay_seconds)
+    return min(delay_seconds * 2, 0.02)
+
+
 def _remove_tree(folder: Path) -> bool:
-    for path, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):
-            Path(path).rmdir()
-    return not folder.exists()
+    """True once the group is gone. Groups that the workload's own tools made below it go too."""
+    try:
+        os.rmdir(folder)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        for path, _, _ in os.walk(folder, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        return not folder.exists()
+    return True
 
 
 def _fields(file: Path) -> dict[str, int]:

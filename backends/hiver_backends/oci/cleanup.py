@@ -38,9 +38,13 @@ class Cleaner:
         parents = self._folders
         return Places(run=parents.run / sandbox_id, log=parents.log / sandbox_id, mount=parents.mount / sandbox_id)
 
-    def destroy(self, sandbox_id: str) -> None:
-        """Kills and removes. Raises `BackendError` naming what is left, if anything is."""
+    def destroy(self, sandbox_id: str) -> bool:
+        """Kills and removes. Raises `BackendError` naming what is left, if anything is.
+
+        Returns whether there may be ended orphans to reap, as of a sandbox that was only half made.
+        """
         places = self.places(sandbox_id)
+        half_made = not (places.run / CREATED_MARK).exists()
         try:
             self._kill_monitors(sandbox_id, places)
             if self._runtime.kind == "runsc":
@@ -55,6 +59,7 @@ class Cleaner:
         left = self._left(sandbox_id, places)
         if left:
             raise BackendError(f"of sandbox {sandbox_id} there is left: {', '.join(left)}")
+        return half_made
 
     def owned(self) -> frozenset[str]:
         """Ids of all sandboxes of which anything is left."""

@@ -142,10 +142,10 @@ class OciIsolation(Isolation):
         target = places.rootfs
         places.mount.mkdir(mode=0o700)
         os.chown(places.mount, *owner)
-        self._rootfs.mount(self._images.layers(spec.image.handle), spec.volume, target, host_id)
+        etc = inside.identity(spec.hostname, spec.extra_hosts)
+        self._rootfs.mount(self._images.layers(spec.image.handle), spec.volume, target, host_id, etc)
         root = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            inside.write_identity(root, spec.hostname, spec.extra_hosts, owner)
             livemounts.attach_all(self._rootfs, root, spec.mounts, host_id)
             os.close(inside.make_directory(root, spec.cwd or "/", owner))
         finally:
@@ -216,8 +216,8 @@ class OciIsolation(Isolation):
             if not job.done():
                 # An unreaped orphan of ours inside holds up the end of its pid namespace.
                 self._children.reap_orphans(self._cgroups.contains_any)
-        await job
-        self._children.reap_orphans(self._cgroups.contains_any)
+        if await job:
+            self._children.reap_orphans(self._cgroups.contains_any)
 
     async def list_owned(self) -> frozenset[str]:
         return await self._in_pool(self._ready().cleaner.owned)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from hiverd.contracts.isolation import Mount
 
-from . import syscalls
+from . import inside, syscalls
 from .userns import UserNamespaces, for_owner, for_sandbox
 
 _OVERLAY_OPTIONS: Final = (
@@ -27,8 +27,15 @@ class RootFs:
     def __init__(self, namespaces: UserNamespaces) -> None:
         self._namespaces = namespaces
 
-    def mount(self, layers: tuple[tuple[Path, str], ...], volume: Path, target: Path, host_id: int | None) -> None:
-        """Mounts the root file system at `target`.
+    def mount(
+        self,
+        layers: tuple[tuple[Path, str], ...],
+        volume: Path,
+        target: Path,
+        host_id: int | None,
+        etc: Mapping[str, str],
+    ) -> None:
+        """Mounts the root file system at `target`, with the files `etc` in its /etc.
 
         `layers` are folders with the place where each belongs in the root ("" for the root itself; the others are
         mounted read-only on top, as the host's /usr is). Changes go to `volume`/root. Raises `OSError`; then the caller
@@ -40,8 +47,11 @@ class RootFs:
             folder.mkdir(mode=0o700, exist_ok=True)
         upper.chmod(0o755)
         os.chown(upper, host_id or 0, host_id or 0)
+        seeded = inside.seed_etc(base, upper, etc, host_id or 0)
         with self._lower(base, target, host_id) as lower:
             _mount_overlay(lower, upper, work, target)
+        if not seeded:
+            _write_etc(target, etc, host_id or 0)
         for folder, place in layers:
             if place:
                 _attach_layer(folder, target, place)
@@ -88,6 +98,14 @@ class RootFs:
             os.close(tree)
             raise
         return tree
+
+
+def _write_etc(target: Path, etc: Mapping[str, str], host_id: int) -> None:
+    root = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        inside.write_etc(root, etc, (host_id, host_id))
+    finally:
+        os.close(root)
 
 
 def _attach_layer(folder: Path, target: Path, place: str) -> None:

@@ -61,7 +61,7 @@ class Trial:
         for name in ("image", "volume", "state"):
             (folder / name).mkdir(mode=0o755)
         host_id = self._host_id if runtime.userns else None
-        self._rootfs.mount(((folder / "image", ""),), folder / "volume", folder / "rootfs", host_id)
+        self._rootfs.mount(((folder / "image", ""),), folder / "volume", folder / "rootfs", host_id, {})
         spec = WorkloadSpec(
             sandbox_id=sandbox_id, key="probe", slot=0, image=Image(reference="probe", handle=""),
             volume=folder / "volume", hostname="probe", cpu=1.0, memory_bytes=64 << 20, pids_max=64, argv=(), tty=False,

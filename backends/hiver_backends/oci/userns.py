@@ -38,7 +38,7 @@ def for_owner(uid: int, gid: int, host_id: int) -> IdMap:
 class UserNamespaces:
     """Makes and keeps namespace descriptors, the newest `capacity` of them. Blocking; safe in threads."""
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self, capacity: int = 128) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
         self._descriptors: OrderedDict[IdMap, int] = OrderedDict()

@@ -139,12 +139,7 @@ class OciWorkload(Workload):
         return descriptor
 
     async def begin(self) -> None:
-        log = self._places.run / "start.log"
-        try:
-            await self._engine.calls.run(["start", self.sandbox_id], log)
-        except BackendError as error:
-            if "running" not in error.message:  # begun before
-                raise
+        await self._engine.calls.start(self.sandbox_id, self._places.run / "start.log")
         if self._terminal is not None and not self._places.session.folder.exists():
             await self._begin_session()
 

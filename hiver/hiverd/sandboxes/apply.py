@@ -76,16 +76,19 @@ class ConfigApplier:
         self, sandbox: Sandbox, spec: WorkloadSpec, effective: SandboxConfig, planned: list[PlannedMount]
     ) -> None:
         """Mounts first, then the record; each step undone if a later one fails."""
-        present = self._mounts.plan(sandbox.config)
-        added, removed = changed_mounts(present, planned)
-        undo: list[tuple[str, Mount]] = []
+        added, removed = changed_mounts(self._mounts.plan(sandbox.config), planned)
+        new_mounts = [await asyncio.to_thread(self._mounts.prepare, plan, spec.volume) for plan in added]
         mounts = {mount.target: mount for mount in spec.mounts}
+        undo: list[tuple[str, Mount]] = []
+        if new_mounts:
+            # A server that dies from here on leaves mounts that the next one must know of to take them away.
+            touched = (*spec.mounts, *new_mounts)
+            await self._records.set_spec(sandbox.id, msgspec.structs.replace(spec, mounts=touched))
         try:
-            for mount_plan in removed:
-                await sandbox.workload.remove_mount(mount_plan.target)
-                undo.append(("add", mounts.pop(mount_plan.target)))
-            for mount_plan in added:
-                mount = await asyncio.to_thread(self._mounts.prepare, mount_plan, spec.volume)
+            for plan in removed:
+                await sandbox.workload.remove_mount(plan.target)
+                undo.append(("add", mounts.pop(plan.target)))
+            for mount in new_mounts:
                 await sandbox.workload.add_mount(mount)
                 undo.append(("remove", mount))
                 mounts[mount.target] = mount
@@ -93,6 +96,7 @@ class ConfigApplier:
             await self._records.set_config(sandbox.id, msgspec.json.encode(effective), new_spec)
         except BaseException:
             await self._undo(sandbox, undo)
+            await self._records.set_spec(sandbox.id, spec)
             raise
         sandbox.config = effective
         sandbox.spec = new_spec
@@ -109,14 +113,22 @@ class ConfigApplier:
 
     async def reconcile(self, sandbox: Sandbox) -> None:
         """After a restart: a server that died in mid-apply may have left mounts that the stored configuration lacks."""
-        if sandbox.spec is None:
+        spec = sandbox.spec
+        if spec is None:
             return
-        desired = {mount.target: mount for mount in sandbox.spec.mounts}
+        wanted = [
+            await asyncio.to_thread(self._mounts.prepare, plan, spec.volume)
+            for plan in self._mounts.plan(sandbox.config)
+        ]
+        if tuple(wanted) != spec.mounts:
+            for target in {mount.target for mount in spec.mounts if mount not in wanted}:
+                await sandbox.workload.remove_mount(target)
         present = await sandbox.workload.mounted_targets()
-        for target in present - desired.keys():
-            await sandbox.workload.remove_mount(target)
-        for target in desired.keys() - present:
-            await sandbox.workload.add_mount(desired[target])
+        for mount in wanted:
+            if mount.target not in present:
+                await sandbox.workload.add_mount(mount)
+        sandbox.spec = msgspec.structs.replace(spec, mounts=tuple(wanted))
+        await self._records.set_spec(sandbox.id, sandbox.spec)
 
 
 def _shown(changes: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,11 @@ class Records:
         async with self._database.transaction() as connection:
             await connection.execute("UPDATE sandboxes SET status = 'stopping' WHERE id = ?", (sandbox_id,))
 
+    async def set_spec(self, sandbox_id: str, spec: WorkloadSpec) -> None:
+        """Notes what a change is about to touch, before it does."""
+        async with self._database.transaction() as connection:
+            await connection.execute("UPDATE sandboxes SET spec = ? WHERE id = ?", (_encode_spec(spec), sandbox_id))
+
     async def set_config(self, sandbox_id: str, config: bytes, spec: WorkloadSpec) -> None:
         """Commits an applied configuration."""
         async with self._database.transaction() as connection:

@@ -102,12 +102,25 @@ async def test_what_is_not_supported_is_refused_by_name(open_core, members, fiel
         assert caught.value.field == field
 
 
-async def test_a_restart_restores_the_mounts_of_the_stored_configuration(open_core, isolation):
+async def test_a_restart_undoes_a_half_made_apply(open_core, isolation):
     async with open_core() as core:
         sandbox, _ = await core.manager.get_or_create("k", lambda: config(fs=local("/a", "/b")))
         workload = isolation.workloads[sandbox.id]
-        mount = workload.mounts.pop("/b")  # a server died between taking /b away and storing the new configuration
-        workload.mounts["/stray"] = mount
-    async with open_core() as core:
-        await core.manager.adopt_all()
-        assert set(workload.mounts) == {"/a", "/b"}
+        entered = asyncio.Event()
+
+        async def die(*_):
+            entered.set()
+            await asyncio.Event().wait()
+
+        core.records.set_config = die  # the server dies with the mounts changed and the configuration not stored
+        applying = asyncio.ensure_future(core.applier.apply(sandbox, config(fs=local("/a", "/stray")), "new"))
+        await entered.wait()
+        assert set(workload.mounts) == {"/a", "/stray"}
+        async with open_core() as restarted:
+            await restarted.manager.adopt_all()
+            assert set(workload.mounts) == {"/a", "/b"}
+            assert {mount.target for mount in restarted.manager.by_key("k").spec.mounts} == {"/a", "/b"}
+        for task in asyncio.all_tasks():
+            if task.get_name() == "apply-k":
+                task.cancel()
+        await asyncio.gather(applying, return_exceptions=True)

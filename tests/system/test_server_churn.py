@@ -1,0 +1,98 @@
+"""Many sandboxes come and go, and nothing stays (issue: must hold)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from support.leaks import marks_of, traces, wait_until_clean
+from support.server import Server, keys_of
+from support.waiting import until
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+CYCLES = int(os.environ.get("HIVER_TEST_CHURN_CYCLES", "1000"))
+AT_A_TIME = 50
+
+
+async def test_cycles_leave_nothing(tmp_path: Path) -> None:
+    server = Server(tmp_path, ephemeral=True)
+    marks = marks_of(server.data_dir)
+    server.start()
+    process = psutil.Process(server.pid)
+    limits = httpx.Limits(max_connections=AT_A_TIME, max_keepalive_connections=AT_A_TIME)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        await asyncio.gather(*(cycle(client, f"warm-{n}") for n in range(AT_A_TIME)))
+        await settled(server)
+        traces_before = len(traces(marks))
+        gate = asyncio.Semaphore(AT_A_TIME)
+
+        async def one(number: int) -> None:
+            async with gate:
+                await cycle(client, f"c{number}")
+
+        descriptors_before = process.num_fds()
+        threads_before = process.num_threads()
+        await asyncio.gather(*(one(number) for number in range(CYCLES)))
+        await settled(server)
+        until(lambda: len(traces(marks)) <= traces_before, seconds=60, what="traces gone")
+        assert process.num_fds() <= descriptors_before + 5
+        assert process.num_threads() <= threads_before + 5
+    with sqlite3.connect(f"file:{server.data_dir}/hiver.sqlite3?mode=ro", uri=True) as database:
+        assert database.execute("SELECT count(*) FROM sandboxes").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM events").fetchone() == (0,)
+    database.close()
+    assert server.stop() == 0
+    wait_until_clean(marks)
+
+
+async def cycle(client: httpx.AsyncClient, key: str) -> None:
+    created = await client.post(f"/v1/sandboxes/{key}", json={})
+    assert created.status_code == 201, created.text
+    base = f"/sandbox/{created.json()['id']}/v1/{key}"
+    result = await client.post(f"{base}/exec", json={"command": ["echo", key]})
+    assert result.json()["stdout"] == f"{key}\n", result.text
+    assert (await client.delete(base)).status_code in {200, 204}
+
+
+async def settled(server: Server) -> None:
+    until(lambda: keys_of(server) == [], seconds=60, what="no sandbox left")
+
+
+async def test_races_of_create_exec_and_shutdown(tmp_path: Path) -> None:
+    """All at once on few keys: every answer is one that the documentation names, and nothing stays."""
+    server = Server(tmp_path, ephemeral=True)
+    marks = marks_of(server.data_dir)
+    server.start()
+    seen: set[int] = set()
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+
+        async def worker(number: int) -> None:
+            for step in range(8):
+                key = f"race-{(number + step) % 3}"
+                created = await client.post(f"/v1/sandboxes/{key}", json={})
+                seen.add(created.status_code)
+                assert created.status_code in {200, 201, 409}, created.text
+                if created.status_code == 409:
+                    continue
+                base = f"/sandbox/{created.json()['id']}/v1/{key}"
+                ran, removed = await asyncio.gather(
+                    client.post(f"{base}/exec", json={"command": "sleep 0.05; echo done"}), client.delete(base)
+                )
+                assert ran.status_code in {200, 404, 500, 503}, ran.text
+                if ran.status_code == 200:
+                    result = ran.json()
+                    assert result.get("exit_code") in {0, 137} or "error" in result, result
+                assert removed.status_code in {200, 204, 404}, removed.text
+
+        await asyncio.gather(*(worker(number) for number in range(12)))
+    assert 201 in seen
+    until(lambda: keys_of(server) == [], seconds=30, what="no sandbox left")
+    assert server.stop() == 0
+    wait_until_clean(marks)
