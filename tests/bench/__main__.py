@@ -53,17 +53,23 @@ def main() -> int:
             print(f"unknown: {', '.join(chosen - set(all_measures))}; there are {', '.join(all_measures)}")
             return 2
         rows: list[Row] = []
+        failures: list[str] = []
         marks = marks_of(server.data_dir)
         with server:
             for name, measure in all_measures.items():
                 if not chosen or name in chosen:
                     print(f"measuring: {name}", file=sys.stderr, flush=True)
-                    rows += measure()
+                    try:
+                        rows += measure()
+                    except Exception as error:  # noqa: BLE001 -- one measure that fails must not hide the others
+                        failures.append(f"{name}: {type(error).__name__}: {error}")
         wait_until_clean(marks)
     print(table(rows))
+    for failure in failures:
+        print(f"NOT MEASURED {failure}")
     write_json(RESULT, rows, environment(runtime))
     print(f"\nwritten to {RESULT.relative_to(REPOSITORY)}")
-    return 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -41,11 +41,20 @@ class Caller:
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """(status, JSON document or None)."""
-        content = json.dumps(body).encode() if body is not None else None
-        self._connection.request(method, path, body=content)
-        answer = self._connection.getresponse()
+        answer = self._send(method, path, body)
         text = answer.read()
         return answer.status, json.loads(text) if text.strip() else None
+
+    def _send(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
+        content = json.dumps(body).encode() if body is not None else None
+        try:
+            self._connection.request(method, path, body=content)
+            return self._connection.getresponse()
+        except (http.client.RemoteDisconnected, BrokenPipeError):
+            # The server closes connections that were idle for a while; nothing of this request was answered.
+            self._connection.close()
+            self._connection.request(method, path, body=content)
+            return self._connection.getresponse()
 
     def create(self, key: str | None = None) -> str:
         """Creates a sandbox; its API path."""
@@ -78,8 +87,7 @@ class Caller:
 
     def download(self, sandbox: str, path: str, target: Path) -> int:
         """Receives a file; its size in bytes."""
-        self._connection.request("GET", f"{sandbox}/file{path}")
-        answer = self._connection.getresponse()
+        answer = self._send("GET", f"{sandbox}/file{path}")
         buffer = memoryview(bytearray(BLOCK_BYTES))
         total = 0
         with open(target, "wb", buffering=0) as file:
@@ -90,10 +98,7 @@ class Caller:
 
     def stream_output(self, sandbox: str, command: str) -> int:
         """Runs a command through exec-stream and decodes every frame; bytes of text received."""
-        self._connection.request(
-            "POST", f"{sandbox}/exec-stream/{uuid.uuid4()}", body=json.dumps({"command": command}).encode()
-        )
-        answer = self._connection.getresponse()
+        answer = self._send("POST", f"{sandbox}/exec-stream/{uuid.uuid4()}", {"command": command})
         decoder = msgspec.json.Decoder(_Frame)
         total, pending, code = 0, b"", None
         while piece := answer.read1(BLOCK_BYTES):

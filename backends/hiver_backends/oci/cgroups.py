@@ -110,13 +110,10 @@ class Cgroups:
                 os.close(descriptor)
 
     def contains(self, sandbox_id: str, pid: int) -> bool:
-        """Whether the process `pid` is in one of the sandbox's groups now."""
+        """Whether the process `pid` is, or was when it ended, in one of the sandbox's groups."""
         inside = f"/{self.parent}/{sandbox_id}"
-        return any(path == inside or path.startswith(f"{inside}/") for path in _groups_of(pid))
-
-    def contains_any(self, pid: int) -> bool:
-        """Whether the process `pid` is, or was when it ended, in any sandbox of ours."""
-        return any(path.startswith(f"/{self.parent}/") for path in _groups_of(pid))
+        paths = (path.removesuffix(" (deleted)") for path in _groups_of(pid))
+        return any(path == inside or path.startswith(f"{inside}/") for path in paths)
 
     def remove(self, sandbox_id: str, timeout_seconds: float) -> None:
         """Kills and removes until no group is left. Blocking. Raises `TimeoutError`."""

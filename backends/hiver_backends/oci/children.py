@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Final
 
@@ -18,6 +19,7 @@ from . import pids
 
 UNKNOWN_EXIT: Final = 255
 """Reported when someone else reaped the process, so that its exit code is lost."""
+_SETTLE_SECONDS: Final = 5.0
 _RUNTIME_NAME: Final = re.compile(r"conmon|crun|runsc|runc(:.*)?|[0-9]+$")
 """A program run from a memfd is named after its descriptor's number."""
 
@@ -56,6 +58,8 @@ class Children:
 
     def __init__(self) -> None:
         self._watched: dict[int, tuple[Child, subprocess.Popen[bytes] | None]] = {}
+        self._orphans: dict[int, float] = {}
+        """Ended children of no one, and when they were first seen (monotonic)."""
 
     def spawn(
         self,
@@ -88,14 +92,24 @@ class Children:
     def reap_orphans(self, in_sandbox: Callable[[int], bool]) -> None:
         """Reaps ended orphans that no one watches: what a killed runtime or monitor left behind.
 
-        Only what is surely not another part's child: processes of sandboxes (`in_sandbox`), runtimes and monitors.
+        Only what is surely not another part's child: processes of the sandbox that is going away (`in_sandbox`), and
+        runtimes and monitors. The latter wait a while: a command that has just been started, and has ended already, is
+        about to be watched.
         """
         watched = {child.pid for child, _ in self._watched.values()}
+        now = time.monotonic()
+        seen: dict[int, float] = {}
         for pid in _ended_children() - watched:
             stat = pids.read_stat(pid)
-            if stat is not None and (_RUNTIME_NAME.match(stat.name) or in_sandbox(pid)):
+            if stat is None:
+                continue
+            seen[pid] = self._orphans.get(pid, now)
+            settled = now - seen[pid] > _SETTLE_SECONDS and _RUNTIME_NAME.match(stat.name) is not None
+            if settled or in_sandbox(pid):
                 with contextlib.suppress(ChildProcessError):
                     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+                del seen[pid]
+        self._orphans = seen
 
     def _watch(self, pid: int, process: subprocess.Popen[bytes] | None) -> Child:
         loop = asyncio.get_running_loop()

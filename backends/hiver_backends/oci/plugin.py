@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
@@ -210,14 +211,15 @@ class OciIsolation(Isolation):
     async def destroy(self, sandbox_id: str, state: Mapping[str, Any] | None) -> None:
         cleaner = self._ready().cleaner
         _checked_id(sandbox_id)
+        inside = partial(self._cgroups.contains, sandbox_id)
         job = asyncio.ensure_future(self._in_pool(lambda: cleaner.destroy(sandbox_id)))
         while not job.done():
             await asyncio.wait({job}, timeout=_ORPHANS_SECONDS)
             if not job.done():
                 # An unreaped orphan of ours inside holds up the end of its pid namespace.
-                self._children.reap_orphans(self._cgroups.contains_any)
+                self._children.reap_orphans(inside)
         if await job:
-            self._children.reap_orphans(self._cgroups.contains_any)
+            self._children.reap_orphans(inside)
 
     async def list_owned(self) -> frozenset[str]:
         return await self._in_pool(self._ready().cleaner.owned)

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -237,7 +238,7 @@ class OciWorkload(Workload):
         engine = self._engine
         while not await self._ends_within(_ORPHANS_SECONDS):
             # An unreaped orphan of ours inside holds up the end of its pid namespace.
-            engine.children.reap_orphans(engine.cgroups.contains_any)
+            engine.children.reap_orphans(partial(engine.cgroups.contains, self.sandbox_id))
         if self._terminal is not None:
             self._terminal.close()
 
