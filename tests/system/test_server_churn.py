@@ -30,7 +30,7 @@ async def test_cycles_leave_nothing(tmp_path: Path) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         await asyncio.gather(*(cycle(client, f"warm-{n}") for n in range(AT_A_TIME)))
         await settled(server)
-        traces_before = len(traces(marks))
+        traces_before = traces(marks)
         gate = asyncio.Semaphore(AT_A_TIME)
 
         async def one(number: int) -> None:
@@ -41,7 +41,7 @@ async def test_cycles_leave_nothing(tmp_path: Path) -> None:
         threads_before = process.num_threads()
         await asyncio.gather(*(one(number) for number in range(CYCLES)))
         await settled(server)
-        until(lambda: len(traces(marks)) <= traces_before, seconds=30, what=f"{traces_before} traces")
+        until_only(traces_before, marks)
         assert process.num_fds() <= descriptors_before + 5
         assert process.num_threads() <= threads_before + 5
     with sqlite3.connect(f"file:{server.data_dir}/hiver.sqlite3?mode=ro", uri=True) as database:
@@ -50,6 +50,14 @@ async def test_cycles_leave_nothing(tmp_path: Path) -> None:
     database.close()
     assert server.stop() == 0
     wait_until_clean(marks)
+
+
+def until_only(before: list[str], marks: frozenset[str]) -> None:
+    """Waits until nothing is left that was not there before."""
+    try:
+        until(lambda: set(traces(marks)) <= set(before), seconds=30, what="no more traces than before")
+    except TimeoutError:
+        raise AssertionError("left behind:\n" + "\n".join(set(traces(marks)) - set(before))) from None
 
 
 async def cycle(client: httpx.AsyncClient, key: str) -> None:

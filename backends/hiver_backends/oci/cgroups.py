@@ -115,6 +115,10 @@ class Cgroups:
         paths = (path.removesuffix(" (deleted)") for path in _groups_of(pid))
         return any(path == inside or path.startswith(f"{inside}/") for path in paths)
 
+    def contains_any(self, pid: int) -> bool:
+        """Whether the process `pid` is, or was when it ended, in any sandbox of ours."""
+        return any(path.startswith(f"/{self.parent}/") for path in _groups_of(pid))
+
     def remove(self, sandbox_id: str, timeout_seconds: float) -> None:
         """Kills and removes until no group is left. Blocking. Raises `TimeoutError`."""
         deadline_monotonic = time.monotonic() + timeout_seconds

@@ -56,7 +56,10 @@ class Child:
 class Children:
     """All watched children. Use from the event loop's thread only."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_ours: Callable[[int], bool]) -> None:
+        """`is_ours`: whether a process is, or was when it ended, in a sandbox of this server."""
+        self._is_ours = is_ours
+        self._again: asyncio.TimerHandle | None = None
         self._watched: dict[int, tuple[Child, subprocess.Popen[bytes] | None]] = {}
         self._orphans: dict[int, float] = {}
         """Ended children of no one, and when they were first seen (monotonic)."""
@@ -89,27 +92,38 @@ class Children:
         """Watches an orphan. Raises `ProcessLookupError` if there is no such process."""
         return self._watch(pid, None)
 
-    def reap_orphans(self, in_sandbox: Callable[[int], bool]) -> None:
+    def reap_orphans(self, going_away: Callable[[int], bool]) -> None:
         """Reaps ended orphans that no one watches: what a killed runtime or monitor left behind.
 
-        Only what is surely not another part's child: processes of the sandbox that is going away (`in_sandbox`), and
-        runtimes and monitors. The latter wait a while: a command that has just been started, and has ended already, is
-        about to be watched.
+        Only what is surely not another part's child: processes of the sandbox that is going away, at once; and after
+        a while those of any sandbox, runtimes and monitors. A while, because a command that has just been started and
+        has ended already is about to be watched. What is still too young is looked at again later.
         """
         watched = {child.pid for child, _ in self._watched.values()}
         now = time.monotonic()
         seen: dict[int, float] = {}
         for pid in _ended_children() - watched:
             stat = pids.read_stat(pid)
-            if stat is None:
+            if stat is None or not (_RUNTIME_NAME.match(stat.name) or self._is_ours(pid)):
                 continue
-            seen[pid] = self._orphans.get(pid, now)
-            settled = now - seen[pid] > _SETTLE_SECONDS and _RUNTIME_NAME.match(stat.name) is not None
-            if settled or in_sandbox(pid):
+            first_seen = self._orphans.get(pid, now)
+            if now - first_seen > _SETTLE_SECONDS or going_away(pid):
                 with contextlib.suppress(ChildProcessError):
                     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
-                del seen[pid]
+            else:
+                seen[pid] = first_seen
         self._orphans = seen
+        if seen:
+            self.reap_orphans_later()
+
+    def reap_orphans_later(self) -> None:
+        """Looks for orphans in a while; one look for any number of calls, since it walks all of /proc."""
+        if self._again is None:
+            self._again = asyncio.get_running_loop().call_later(_SETTLE_SECONDS + 0.1, self._look_again)
+
+    def _look_again(self) -> None:
+        self._again = None
+        self.reap_orphans(lambda _: False)
 
     def _watch(self, pid: int, process: subprocess.Popen[bytes] | None) -> Child:
         loop = asyncio.get_running_loop()
@@ -132,6 +146,8 @@ class Children:
 
     def close(self) -> None:
         """Stops watching. What still runs goes on and passes to init when this process ends."""
+        if self._again is not None:
+            self._again.cancel()
         loop = asyncio.get_running_loop()
         for descriptor, (child, process) in self._watched.items():
             loop.remove_reader(descriptor)

@@ -61,7 +61,7 @@ class OciIsolation(Isolation):
         self._namespaces = UserNamespaces()
         self._rootfs = RootFs(self._namespaces)
         self._pool: Final = ThreadPoolExecutor(2 * _processors() + 8, thread_name_prefix="oci")
-        self._children = Children()
+        self._children = Children(self._cgroups.contains_any)
         self._inotify = Inotify()
         self._images = Images(
             context.data_dir / "images", self._settings, context.image_aliases, self._children, self._pool
@@ -220,6 +220,7 @@ class OciIsolation(Isolation):
                 self._children.reap_orphans(inside)
         if await job:
             self._children.reap_orphans(inside)
+        self._children.reap_orphans_later()
 
     async def list_owned(self) -> frozenset[str]:
         return await self._in_pool(self._ready().cleaner.owned)
