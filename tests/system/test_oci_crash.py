@@ -94,7 +94,7 @@ async def test_killed_at_a_random_moment_of_create(harness: OciHarness, seed: in
     assert child.stdout is not None
     assert child.stdout.readline() == b"started\n"
     # Creating takes some 40 ms, then come begin and execs: a span over all of them.
-    await asyncio.sleep(random.Random(seed).uniform(0, 0.12))
+    await asyncio.sleep(random.Random(seed).uniform(0, 0.12))  # noqa: S311
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hiverd.contracts.errors import InvalidError, NotFoundError
+from hiverd.contracts.errors import HiverError, InvalidError, NotFoundError
 from hiverd.contracts.isolation import Image, Isolation
 from hiverd.testing.isolation_harness import Harness, run
 from system.oci_support import OciHarness, needs_oci
@@ -201,7 +202,7 @@ async def test_missing_images_are_not_found(harness: OciHarness, registry: str, 
 
 async def test_registry_that_does_not_answer(harness: OciHarness) -> None:
     async with harness.started() as isolation:
-        with pytest.raises(InvalidError, match="127.0.0.1:1/some/image"):
+        with pytest.raises(InvalidError, match=r"127\.0\.0\.1:1/some/image"):
             await resolve(isolation, "127.0.0.1:1/some/image:v1")
 
 
@@ -305,11 +306,10 @@ async def test_hostile_roots_do_not_reach_the_host(harness: OciHarness, tmp_path
         for name in ("linked", "odd"):
             image, _ = await resolve(isolation, name)
             spec = harness.spec(image)
-            try:
+            # Refusing is as good as running, as long as nothing of the host is touched and nothing is left.
+            with contextlib.suppress(HiverError):
                 async with harness.created(isolation, spec) as workload:
                     await workload.begin()
                     await run(workload, "echo x > /etc/escaped; echo y > /etc/hosts")
-            except Exception as error:  # noqa: BLE001 -- refusing is as good, as long as nothing is left
-                assert "escaped" not in str(error)
         assert list(victim.iterdir()) == []
         assert await isolation.list_owned() == frozenset()

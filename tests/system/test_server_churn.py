@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
 from support.leaks import marks_of, traces, wait_until_clean
 from support.server import DEFAULT_CONFIG, Server, keys_of
 from support.waiting import until

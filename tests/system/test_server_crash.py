@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from support.leaks import marks_of, wait_until_clean
 from support.server import Server, keys_of
 from support.waiting import until
@@ -68,7 +69,9 @@ async def test_kill_at_any_moment(tmp_path: Path) -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
             entrypoint = ["sh", "-c", "i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.2; done"]
             base = await create(client, "survivor", entrypoint=entrypoint, ttl=600)
-            await run(client, base, "sleep 100000 >/dev/null 2>&1 & echo $! > /workspace/pid; echo kept > /workspace/data")
+            await run(
+                client, base, "sleep 100000 >/dev/null 2>&1 & echo $! > /workspace/pid; echo kept > /workspace/data"
+            )
         for number in range(ROUNDS):
             async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
                 before = await event_ids(client, base)

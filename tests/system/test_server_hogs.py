@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from support.leaks import marks_of, wait_until_clean
 from support.server import DEFAULT_CONFIG, Server
 
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 HOGS = {
     "fork-bomb": "bomb() { bomb | bomb & }; bomb; sleep 60",
-    "memory": "python3 -c \"b=[]\nwhile True: b.append(bytearray(1<<20))\"",
+    "memory": 'python3 -c "b=[]\nwhile True: b.append(bytearray(1<<20))"',
     "disk": "cat /dev/zero > /workspace/fill; cat /dev/zero > /fill; sleep 60",
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
 from support.leaks import marks_of, wait_until_clean
 from support.server import Server
 
@@ -62,7 +63,10 @@ async def test_endless_output(sandbox) -> None:
     server, client, base = sandbox
     command = f"head -c {OUTPUT_MIB * MIB} /dev/zero | tr '\\0' 'a'"
     received = 0
-    async with Peak(server) as peak, client.stream("POST", f"{base}/exec-stream/x", json={"command": command}) as answer:
+    async with (
+        Peak(server) as peak,
+        client.stream("POST", f"{base}/exec-stream/x", json={"command": command}) as answer,
+    ):
         last = b""
         async for piece in answer.aiter_raw(MIB):
             received += piece.count(b"a")
@@ -75,7 +79,10 @@ async def test_endless_output(sandbox) -> None:
 async def test_a_slow_reader_slows_the_producer(sandbox) -> None:
     server, client, base = sandbox
     command = "exec python3 -uc \"import os\nn=0\nwhile True:\n n+=os.write(1,b'x'*65536)\n open('/tmp/n','w').write(str(n))\""
-    async with Peak(server) as peak, client.stream("POST", f"{base}/exec-stream/x", json={"command": command}) as answer:
+    async with (
+        Peak(server) as peak,
+        client.stream("POST", f"{base}/exec-stream/x", json={"command": command}) as answer,
+    ):
         pieces = answer.aiter_raw()
         await anext(pieces)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+
 from hiverd.app import Services, build_asgi
 from hiverd.settings import load_settings
 from hiverd.testing.fakes import FakeIsolation

@@ -149,7 +149,7 @@ async def test_a_long_exec_is_kept_alive_with_white_space(server):
         assert stream.status_code == 200
         assert (await anext(pieces)) == b" "
         assert (await anext(pieces)).strip() == b""
-        next(iter(server.isolation.workloads.values())).processes[0]._killed.set()  # noqa: SLF001
+        next(iter(server.isolation.workloads.values())).processes[0]._killed.set()
         body = b"".join([piece async for piece in pieces])
     assert json.loads(body)["exit_code"] == 137
 

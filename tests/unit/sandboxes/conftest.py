@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hiverd.clock import SystemClock
 from hiverd.contracts.isolation import BackendContext
 from hiverd.sandboxes.apply import ConfigApplier

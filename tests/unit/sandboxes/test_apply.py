@@ -7,6 +7,7 @@ import json
 
 import msgspec
 import pytest
+
 from hiverd.contracts.errors import ConflictError, UnsupportedError
 from hiverd.wire.config import decode_config, with_defaults
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from hiverd.contracts.errors import BackendError, ConflictError, HiverError, InvalidError, NotFoundError
 from hiverd.wire.config import SandboxConfig, decode_config, with_defaults
 
@@ -219,7 +220,7 @@ async def test_a_restart_removes_what_was_half_made(open_core, isolation):
         await entered.wait()
         # The server is killed here.
         creating.cancel()
-        for task in list(core.tasks._tasks):  # noqa: SLF001 -- a killed process cleans nothing up
+        for task in list(core.tasks._tasks):
             task.cancel()
     isolation.hook = None
     assert len(isolation.workloads) == 1
