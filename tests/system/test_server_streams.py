@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Self
 
 import httpx
 import psutil
@@ -41,7 +42,7 @@ class Peak:
         self._process = psutil.Process(server.pid)
         self.before = self.most = self._process.memory_info().rss
 
-    async def __aenter__(self) -> Peak:
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._watch(), name="peak")
         return self
 
@@ -78,7 +79,8 @@ async def test_endless_output(sandbox) -> None:
 
 async def test_a_slow_reader_slows_the_producer(sandbox) -> None:
     server, client, base = sandbox
-    command = "exec python3 -uc \"import os\nn=0\nwhile True:\n n+=os.write(1,b'x'*65536)\n open('/tmp/n','w').write(str(n))\""
+    endless = "import os; n=0\nwhile True:\n n+=os.write(1,b'x'*65536)\n open('/tmp/n','w').write(str(n))"
+    command = ["python3", "-uc", endless]
     async with (
         Peak(server) as peak,
         client.stream("POST", f"{base}/exec-stream/x", json={"command": command}) as answer,

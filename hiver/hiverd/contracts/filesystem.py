@@ -53,5 +53,5 @@ class FileSystem(abc.ABC):
     @abc.abstractmethod
     async def move(self, source: str, target: str) -> None: ...
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 -- most have nothing to free
         """Frees connections."""

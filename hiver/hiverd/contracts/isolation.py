@@ -265,7 +265,7 @@ class Workload(abc.ABC):
     async def stop(self, grace_seconds: float) -> None:
         """SIGTERM, then SIGKILL after the grace; returns when no process of the workload is left. Idempotent."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 -- some hold nothing
         """Frees what this process holds; the workload goes on."""
 
 

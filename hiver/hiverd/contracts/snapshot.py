@@ -38,5 +38,5 @@ class SnapshotStore(abc.ABC):
     @abc.abstractmethod
     async def delete(self, key: str, version: str | None = None) -> None: ...
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 -- most have nothing to free
         """Frees connections."""
