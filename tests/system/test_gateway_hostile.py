@@ -192,7 +192,7 @@ PARTS = [
 @pytest.mark.parametrize("seed", range(6))
 async def test_random_answers(front: Front, namespace: str, seed: int) -> None:
     """Whatever the server says, in whatever pieces: a well-formed answer or a broken connection, and in time."""
-    random_parts = random.Random(seed)  # noqa: S311
+    random_parts = random.Random(seed)
     scripts: list[list[bytes]] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

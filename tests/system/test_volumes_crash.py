@@ -73,7 +73,7 @@ def run_and_kill(base: Path, round_number: int) -> tuple[set[str], set[str]]:
     """Names whose allocation was announced, and those whose release had begun."""
     argv = [sys.executable, "-c", CHILD, str(base), str(DISK_BYTES), str(round_number)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "hiver"})
-    time.sleep(random.uniform(0.15, 0.5))  # noqa: S311 -- the moment is the point
+    time.sleep(random.uniform(0.15, 0.5))
     process.kill()
     out, _ = process.communicate()
     said = [line.split() for line in out.splitlines() if len(line.split()) == 2]

@@ -30,6 +30,7 @@ from .killing import ProcessTree
 from .runtime import ENVIRONMENT, RuntimeCalls, last_error, start_failure
 from .streams import Readers, Writer, input_pipe, output_pipe
 
+_UNDO_SECONDS: Final = 10.0
 TreeFactory = Callable[[str, Child], ProcessTree]
 
 
@@ -162,7 +163,7 @@ class Execs:
                 for descriptor in (out_writer, err_writer, in_reader):
                     if descriptor is not None:
                         os.close(descriptor)
-            started = await self._started(runtime, request, files)
+            started = await self._started(runtime, request, files, tree)
         except BaseException:
             readers.close()
             writer.close()
@@ -179,7 +180,7 @@ class Execs:
             listener.listen(1)
             listener.setblocking(False)
             runtime = self._spawn(request, files, None, None, None)
-            started = await self._started(runtime, request, files)
+            started = await self._started(runtime, request, files, tree)
             if isinstance(started, FinishedExec):
                 return started
             # The runtime has gone, so what it sent lies ready in the socket.
@@ -205,13 +206,13 @@ class Execs:
             new_session=True,
         )
 
-    async def _started(self, runtime: Child, request: ExecRequest, files: _Files) -> Child | FinishedExec:
+    async def _started(
+        self, runtime: Child, request: ExecRequest, files: _Files, tree: TreeFactory
+    ) -> Child | FinishedExec:
         try:
             code = await runtime.wait()
         except asyncio.CancelledError:
-            runtime.signal(signal.SIGKILL)
-            await runtime.exited
-            self._kill_leftover(files)
+            await self._undo(runtime, request, files, tree)
             raise
         if code == 0:
             return self._children.watch(int(files.pid.read_text()))
@@ -221,10 +222,16 @@ class Execs:
             raise BackendError(f"the command could not be started: {message or f'exit code {code}'}")
         return FinishedExec(*verdict)
 
-    def _kill_leftover(self, files: _Files) -> None:
-        """A runtime that was stopped in the middle may have started the command already."""
+    async def _undo(self, runtime: Child, request: ExecRequest, files: _Files, tree: TreeFactory) -> None:
+        """Nobody wants the command any more. A runtime killed in the middle may leave it running, so let it finish."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_UNDO_SECONDS):
+                await runtime.wait()
+        runtime.signal(signal.SIGKILL)
         with contextlib.suppress(OSError, ValueError):
-            self._children.watch(int(files.pid.read_text())).signal(signal.SIGKILL)
+            child = self._children.watch(int(files.pid.read_text()))
+            doomed = tree(request.sandbox_id, child)
+            await asyncio.get_running_loop().run_in_executor(self._pool, doomed.kill, [])
 
 
 class _Files:
