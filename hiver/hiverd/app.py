@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -29,6 +30,7 @@ from hiverd.api.execs import ExecController
 from hiverd.api.files import FilesController
 from hiverd.api.front import Front
 from hiverd.api.guard import BrowserGuard
+from hiverd.api.parsers import ParserWatch
 from hiverd.api.running import RunningController, provide_any_sandbox, provide_sandbox
 from hiverd.api.sandboxes import ControllerRoutes, CreateController, PodController, pod_events
 from hiverd.api.streams import close_all_streams
@@ -221,6 +223,7 @@ def build_asgi(services: Services) -> Front:
         "execs": services.execs,
         "isolation": services.isolation,
         "files": services.files,
+        "parsers": ParserWatch(),
     }
     dependencies = {name: Provide(_constant(value), sync_to_thread=False) for name, value in shared.items()}
     dependencies["any_sandbox"] = Provide(provide_any_sandbox, sync_to_thread=False)
@@ -258,10 +261,9 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started:
-            for server in self.servers:
-                for sock in server.sockets:
-                    host, port = sock.getsockname()[:2]
-                    _say(f"hiver {__version__} is ready on http://{f'[{host}]' if ':' in host else host}:{port}")
+            for sock in sockets or ():
+                host, port = sock.getsockname()[:2]
+                _say(f"hiver {__version__} is ready on http://{f'[{host}]' if ':' in host else host}:{port}")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -296,6 +298,7 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> int:
+    listener = _listen(settings.server.host, settings.server.port)
     services = Services(settings)
     await services.start()
     try:
@@ -320,10 +323,24 @@ async def _serve(settings: Settings) -> int:
                 backlog=4096,
             )
         )
-        await server.serve()
+        await server.serve(sockets=[listener])
         return 0 if server.started else 1
     finally:
         await services.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before anything else is started: a server that cannot be reached must not touch sandboxes."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --host or --port"
+        ) from error
+    return listener
 
 
 def _private_folder(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -35,6 +36,7 @@ def json_body(model: type[Any]) -> type[Operation]:
     (schema,), components = msgspec.json.schema_components([model], ref_template="#/$defs/{name}")
     document = _inlined(schema, components)
 
+    @dataclass
     class WithBody(Operation):
         def __post_init__(self) -> None:
             media = OpenAPIMediaType(schema=_RawSchema(document))
@@ -46,6 +48,7 @@ def json_body(model: type[Any]) -> type[Operation]:
 def bytes_body(description: str) -> type[Operation]:
     """An operation that takes raw bytes."""
 
+    @dataclass
     class WithBytes(Operation):
         def __post_init__(self) -> None:
             media = OpenAPIMediaType(schema=_RawSchema({"type": "string", "format": "binary"}))

@@ -27,8 +27,8 @@ from hiverd.wire.requests import ExecRequest, StdinRequest, decode_exec, decode_
 
 T = TypeVar("T")
 
-FRAME_CHARACTERS: Final = 8 << 10
-"""Text per frame: escaped it stays below the 64 KiB a line that one published client can read (PROTOCOL 2)."""
+FRAME_CHARACTERS: Final = 5 << 10
+"""Text per frame: escaped, a character becomes twelve at most, and a line stays below 64 KiB (PROTOCOL 2)."""
 
 
 class ExecController(Controller):

@@ -76,7 +76,7 @@ class Front:
         if sandbox is not None:
             return self._route_old(scope, sandbox, rest)
         self._guard.check(scope)
-        raise NotFoundError(f'no sandbox "{name}" is known here')
+        raise NotFoundError(f"no sandbox {_named(name, rest)} is known here")
 
     def _route_new(self, scope: Scope, sandbox: Sandbox, rest: bytes) -> Scope | tuple[Sandbox, str, bytes]:
         key, _, operation = rest.partition(b"/")
@@ -104,6 +104,12 @@ class Front:
 def family_of(scope: Scope) -> Family:
     """Which client generation speaks: old ones get answers and events that they can parse (PROTOCOL 7)."""
     return "old" if scope.get("state", {}).get(FAMILY_KEY) == "old" else "new"
+
+
+def _named(name: str, rest: bytes) -> str:
+    """What a request for nothing that we know calls it: by id and key, or by key alone."""
+    key = unquote(rest.partition(b"/")[0].decode("ascii", "replace"))
+    return f'"{key}" with the id {name}' if key else f'"{name}"'
 
 
 def _proxy_target(operation: bytes) -> tuple[str, bytes]:

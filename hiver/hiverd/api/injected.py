@@ -7,6 +7,7 @@ from typing import Any
 from litestar import Request
 from litestar.di import NamedDependency
 
+from hiverd.api.parsers import ParserWatch
 from hiverd.contracts.isolation import Isolation
 from hiverd.files.access import FileAccess
 from hiverd.sandboxes.apply import ConfigApplier
@@ -22,5 +23,6 @@ TheExecs = NamedDependency[Execs]
 TheFiles = NamedDependency[FileAccess]
 TheIsolation = NamedDependency[Isolation]
 TheManager = NamedDependency[Manager]
+TheParsers = NamedDependency[ParserWatch]
 ThePlanner = NamedDependency[MountPlanner]
 TheSandbox = NamedDependency[Sandbox]

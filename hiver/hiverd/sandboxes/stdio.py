@@ -10,8 +10,9 @@ from hiverd.clock import Clock
 from hiverd.contracts.isolation import Stream
 from hiverd.wire.events import EventSink, StdioEvent
 
-LINE_MAX_BYTES: Final = 32 << 10
-"""A longer line is recorded in pieces, so that one event's JSON stays well below 64 KiB for most text (PROTOCOL 2)."""
+LINE_MAX_BYTES: Final = 10 << 10
+"""A longer line is recorded in pieces: escaped, a byte becomes six at most, and a line of the stream stays below 64 KiB
+(PROTOCOL 2)."""
 WINDOW_SECONDS: Final = 1.0
 
 

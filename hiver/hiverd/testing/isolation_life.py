@@ -67,6 +67,14 @@ class LifeSuite:
             assert (joined(chunks), joined(chunks, "stderr")) == (b"out\n", b"err\n")
             assert await has_gone(workload)
 
+    @pytest.mark.parametrize(("program", "code"), [("no-such-program", 127), ("/etc/passwd", 126)])
+    async def test_entrypoint_that_cannot_run(
+        self, harness: Harness, isolation: Isolation, program: str, code: int
+    ) -> None:
+        async with harness.sandbox(isolation, argv=(program,)) as workload:
+            assert (await asyncio.wait_for(workload.wait(), 30)).exit_code == code
+            assert joined(await read_log(workload), "stderr") != b""
+
     async def test_entrypoint_environment(self, harness: Harness, isolation: Isolation) -> None:
         script = 'echo "$NAME $(pwd) $(cat /proc/sys/kernel/hostname)"; cat; echo x > /dev/stderr'
         changes: dict[str, Any] = {"argv": shell(script), "env": {"NAME": "value"}, "cwd": "/made/for/me"}

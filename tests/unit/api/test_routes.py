@@ -237,3 +237,22 @@ async def test_no_null_in_any_answer(server):
     for path in (f"{base}/config", f"{base}/info", "/controller/v1/sandboxes"):
         assert "null" not in (await server.client.get(path)).text
     assert (await server.client.get(f"{base}/config")).json()["cpu"] == 2
+
+
+async def test_a_client_that_fails_on_new_events_is_recognised(server):
+    """As releases 0.1.20 to 0.1.35: they drop the connection at `system.start` and come back 0.2 s later."""
+    base = await server.create()
+    await server.client.post(f"{base}/exec", json={"command": ["x"]})
+
+    async def first_event() -> dict:
+        async with server.client.stream("GET", f"{base}/events") as stream:
+            async for line in stream.aiter_lines():
+                if line.startswith("data: "):
+                    return json.loads(line[6:])
+        raise AssertionError("no event")
+
+    assert (await first_event())["type"] == "system.start"
+    await asyncio.sleep(0.2)  # the client's own delay
+    assert (await first_event())["type"] == "exec.request"
+    # A client that reads everything and begins anew later gets everything.
+    assert (await first_event())["type"] == "system.start"
