@@ -77,10 +77,8 @@ def traces(spec: WorkloadSpec, harness: OciHarness) -> list[str]:
                     found.append(f"process {entry.name} {(entry / 'cmdline').read_bytes()!r}")
             except OSError:
                 continue
-    groups = [
-        path for parent in Path("/sys/fs/cgroup").glob(f"**/hiver-{harness.instance}") for path in parent.iterdir()
-    ]
-    found += [str(path) for path in groups if path.name == spec.sandbox_id]
+    for pattern in ("hiver-*", "*/hiver-*"):
+        found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"{pattern}/{spec.sandbox_id}")]
     for folder in (harness.run_dir, harness.folder / "data", Path("/run", f"hiver-{harness.instance}")):
         found += [str(path) for path in folder.rglob(f"*{spec.sandbox_id}*")]
     return found
@@ -106,7 +104,7 @@ async def test_killed_at_a_random_moment_of_create(harness: OciHarness, seed: in
         await isolation.destroy(spec.sandbox_id, None)
         assert spec.sandbox_id not in await isolation.list_owned()
         assert await eventually(lambda: _look(spec, harness), lambda left: not left) == []
-        assert os.listdir(harness.run_dir / "x") == []
+        assert not list((harness.run_dir / "x").glob("*.json")), "process documents hold the environment"
 
 
 async def _look(spec: WorkloadSpec, harness: OciHarness) -> list[str]:
@@ -142,6 +140,31 @@ async def test_a_killed_servers_sandbox_is_adopted_by_another_process(harness: O
         await workload.close()
         await isolation.destroy(spec.sandbox_id, state)
         assert traces(spec, harness) == []
+
+
+async def test_a_trial_of_a_killed_server_is_swept(harness: OciHarness) -> None:
+    """Killed while it probed: the server left a mount, a control group and a running trial sandbox."""
+    mounts = Path("/run", f"hiver-{harness.instance}")
+    path = os.pathsep.join(str(ROOT / name) for name in ("hiver", "backends", "tests"))
+    code = "import asyncio, sys; from pathlib import Path; from system.oci_support import OciHarness;"
+    code += "asyncio.run(OciHarness(Path(sys.argv[1])).build().probe())"
+    left: list[Path] = []
+    for delay_seconds in (0.05, 0.1, 0.2, 0.3, 0.4):
+        (harness.folder / "data" / "probe.json").unlink(missing_ok=True)
+        child = subprocess.Popen([sys.executable, "-c", code, harness.folder], env={**os.environ, "PYTHONPATH": path})
+        while not list(mounts.glob("probe-*/rootfs")) and child.poll() is None:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(delay_seconds)
+        child.kill()
+        child.wait()
+        left += mounts.glob("probe-*")
+    assert left, "killed too late each time to leave anything"
+    async with harness.started() as isolation:
+        assert await isolation.list_owned() == frozenset()
+        assert list(mounts.glob("probe-*")) == []
+        for pattern in (f"hiver-{harness.instance}", f"*/hiver-{harness.instance}"):
+            assert list(Path("/sys/fs/cgroup").glob(f"{pattern}/probe-*")) == []
+        assert str(mounts).encode() not in Path("/proc/self/mountinfo").read_bytes()
 
 
 async def test_a_reused_pid_is_never_touched(harness: OciHarness) -> None:

@@ -280,16 +280,25 @@ async def test_upstream_bundles_yield_their_inner_image(harness: OciHarness, lay
 
 
 async def test_bundle_with_links_to_the_host_is_refused(harness: OciHarness, tmp_path: Path) -> None:
-    outer = tmp_path / "outer"
-    (outer / "mnt").mkdir(parents=True)
-    (outer / "mnt" / "rootfs").symlink_to("/")
-    (outer / "mnt" / "blobs").symlink_to(tmp_path)
-    (outer / "mnt" / "manifest.json").symlink_to("/etc/hostname")
-    layout_of(outer, tmp_path / "bundle", "--config.label", "hiver.bundle=1")
-    harness.aliases["bundle"] = f"oci:{tmp_path / 'bundle'}:v1"
-    async with harness.started() as isolation:
-        with pytest.raises(InvalidError, match="bundle"):
-            await resolve(isolation, "bundle")
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"config": {"Env": ["SECRET=1"]}}')
+    links = tmp_path / "links"
+    (links / "mnt").mkdir(parents=True)
+    (links / "mnt" / "rootfs").symlink_to("/")
+    (links / "mnt" / "manifest.json").write_text('{"Config": "image.json"}')
+    (links / "mnt" / "blobs").mkdir()
+    (links / "mnt" / "blobs" / "image.json").write_text("{}")
+    stolen = tmp_path / "stolen"
+    (stolen / "mnt" / "rootfs").mkdir(parents=True)
+    (stolen / "mnt" / "manifest.json").write_text('{"Config": "image.json"}')
+    (stolen / "mnt" / "blobs").mkdir()
+    (stolen / "mnt" / "blobs" / "image.json").symlink_to(secret)
+    for outer, reason in ((links, "without an inner root"), (stolen, "without a readable configuration")):
+        layout_of(outer, tmp_path / f"{outer.name}.oci", "--config.label", "hiver.bundle=1")
+        harness.aliases["bundle"] = f"oci:{tmp_path / f'{outer.name}.oci'}:v1"
+        async with harness.started() as isolation:
+            with pytest.raises(InvalidError, match=reason):
+                await resolve(isolation, "bundle")
 
 
 async def test_hostile_roots_do_not_reach_the_host(harness: OciHarness, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from collections.abc import Mapping
 from typing import Any, Final
@@ -74,6 +75,18 @@ def entry_arguments(argv: tuple[str, ...], *, tty_session: bool) -> list[str]:
     if argv and not tty_session:
         return [INIT_PATH, "--", *argv]
     return [INIT_PATH, "-P"]
+
+
+_EXEC_FAILURE: Final = re.compile(rb"^ERROR \(catatonit:\d+\): failed to exec pid1: (.*)\n\Z", re.MULTILINE)
+
+
+def entry_exit_code(code: int, last_output: bytes) -> int:
+    """The entrypoint's exit code as a shell would give it (PROTOCOL 0.8): the init program has 1 for all failures to
+    run it, and says which on stderr, as the last thing there is."""
+    failure = _EXEC_FAILURE.search(last_output)
+    if code != 1 or failure is None:
+        return code
+    return 127 if b"No such file" in failure.group(1) else 126
 
 
 def environment(spec: WorkloadSpec) -> dict[str, str]:

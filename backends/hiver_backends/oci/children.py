@@ -20,8 +20,8 @@ from . import pids
 UNKNOWN_EXIT: Final = 255
 """Reported when someone else reaped the process, so that its exit code is lost."""
 _SETTLE_SECONDS: Final = 5.0
-_RUNTIME_NAME: Final = re.compile(r"conmon|crun|runsc|runc(:.*)?|[0-9]+$")
-"""A program run from a memfd is named after its descriptor's number."""
+_RUNTIME_NAME: Final = re.compile(r"(conmon|crun|runsc|runc(:.*)?|exe|[0-9]+)$")
+"""A program run from a memfd is named after its descriptor's number, and `exe` when it runs itself again."""
 
 
 class Child:

@@ -17,6 +17,7 @@ from . import pids
 from .cgroups import Cgroups
 from .rootfs import mounts_below, unmount_below
 from .runtime import ENVIRONMENT, Runtime
+from .trial import PREFIX
 from .workload import Places
 
 _TIMEOUT_SECONDS: Final = 20.0
@@ -67,7 +68,7 @@ class Cleaner:
         for folder in (self._folders.run, self._folders.log, self._folders.mount, self._state_dir):
             with contextlib.suppress(FileNotFoundError):
                 ids.update(os.listdir(folder))
-        return frozenset(ids)
+        return frozenset(name for name in ids if not name.startswith(PREFIX))
 
     def _left(self, sandbox_id: str, places: Places) -> list[str]:
         left = [f"mount {target}" for target in mounts_below(places.mount)]

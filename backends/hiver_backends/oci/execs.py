@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import fcntl
 import itertools
-import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,8 +18,9 @@ import termios
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
 
 from hiverd.contracts.errors import BackendError, InvalidError, NotFoundError
@@ -130,6 +131,8 @@ class Execs:
         self._calls = calls
         self._children = children
         self._pool = pool
+        # A runtime that a killed server left behind may still write its files: ours have other names.
+        self._token = secrets.token_hex(4)
         self._numbers = itertools.count()
 
     def prepare(self) -> None:
@@ -140,10 +143,10 @@ class Execs:
     async def start(self, request: ExecRequest, tree: TreeFactory) -> ExecProcess:
         """Raises `BackendError` when the runtime fails for a reason that is not the command's."""
         _check_strings(request.process)
-        files = _Files(self._folder, next(self._numbers))
+        files = _Files(self._folder, f"{self._token}-{next(self._numbers)}")
         try:
-            with open(files.document, "x", opener=_private) as document:  # noqa: ASYNC230 -- a few hundred bytes
-                json.dump(request.process, document)
+            with open(files.document, "xb", opener=_private) as document:  # noqa: ASYNC230 -- a few hundred bytes
+                document.write(msgspec.json.encode(request.process))
             if request.tty:
                 return await self._start_tty(request, files, tree)
             return await self._start_pipes(request, files, tree)
@@ -235,11 +238,11 @@ class Execs:
 
 
 class _Files:
-    def __init__(self, folder: Path, number: int) -> None:
-        self.document = folder / f"{number}.json"
-        self.pid = folder / f"{number}.pid"
-        self.log = folder / f"{number}.log"
-        self.console = folder / f"{number}.sock"
+    def __init__(self, folder: Path, name: str) -> None:
+        self.document = folder / f"{name}.json"
+        self.pid = folder / f"{name}.pid"
+        self.log = folder / f"{name}.log"
+        self.console = folder / f"{name}.sock"
 
     def remove(self) -> None:
         for file in (self.document, self.pid, self.log, self.console):

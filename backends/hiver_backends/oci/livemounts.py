@@ -28,9 +28,14 @@ class MountPoint(NamedTuple):
     target: str
 
 
+def _normal(target: str) -> str:
+    """Without `.`, `..` and doubled slashes; POSIX would let two leading ones stand."""
+    return "/" + posixpath.normpath(target).lstrip("/")
+
+
 def check_target(target: str) -> None:
     """Raises `InvalidError` for a place where no mount may go."""
-    path = posixpath.normpath(target)
+    path = _normal(target)
     if not target.startswith("/") or path == "/" or "\0" in target:
         raise InvalidError(f"a mount's target must be an absolute path below /: {target!r}", field="mount")
     if any(path == system or path.startswith(f"{system}/") for system in _SYSTEM):
@@ -187,8 +192,8 @@ def find(pid: int, open_root: Callable[[], int], targets: dict[str, str]) -> dic
     for target, source in targets.items():
         wanted = source_identity(source)
         matches = [point for point, seen in identities.items() if seen is not None and seen == wanted]
-        literal = posixpath.normpath(target)
-        if literal in matches or (not matches and literal in identities):
+        literal = _normal(target)
+        if literal in matches or (wanted is None and literal in identities):
             found[target] = literal
         elif matches:
             found[target] = matches[-1]

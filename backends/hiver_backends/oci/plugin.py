@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -66,14 +65,16 @@ class OciIsolation(Isolation):
         self._images = Images(
             context.data_dir / "images", self._settings, context.image_aliases, self._children, self._pool
         )
-        self._builds = asyncio.Semaphore(self._settings.parallelism or 2 * _processors() + 2)
+        self._builds = asyncio.Semaphore(self._settings.parallelism or min(64, 8 * _processors()))
         self._started: _Started | None = None
         self._was_subreaper = False
+        self._swap_limit = False
 
     async def probe(self) -> list[Finding]:
         return (await self._look()).findings
 
     async def start(self) -> None:
+        await self._in_pool(lambda: self._trial().sweep())
         offer = await self._look()
         missing = [finding for finding in offer.findings if finding.required and not finding.ok]
         if missing or offer.runtime is None or offer.conmon is None or offer.init is None:
@@ -98,6 +99,7 @@ class OciIsolation(Isolation):
         execs.prepare()
         self._images.prepare()
         self._cgroups.prepare()
+        self._swap_limit = self._cgroups.has_swap_limit()
 
     async def close(self) -> None:
         await self._images.close()
@@ -105,6 +107,8 @@ class OciIsolation(Isolation):
             self._started.engine.calls.close()
             self._started = None
             syscalls.set_child_subreaper(self._was_subreaper)
+        # No command is about to be watched any more, so no orphan needs time to settle.
+        self._children.reap_orphans(lambda _: True)
         self._children.close()
         self._inotify.close()
         # Waits for what is under way: a thread in the middle of a mount must not be left behind.
@@ -157,13 +161,13 @@ class OciIsolation(Isolation):
             cgroups_path=self._cgroups.path(spec.sandbox_id),
             host_id=host_id,
             unified_cgroups=self._cgroups.unified,
-            swap_limit=self._cgroups.has_swap_limit(),
+            swap_limit=self._swap_limit,
             seccomp=self._seccomp,
             tty_session=spec.tty and bool(spec.argv),
         )
         descriptor = os.open(places.run / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(bundle.configuration(spec, layout), file)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(msgspec.json.encode(bundle.configuration(spec, layout)))
 
     def _take_over(self, places: Places, pid: int, host_id: int | None) -> tuple[Identity, int]:
         """Once the runtime has made the container: what the host no longer needs goes."""
@@ -240,11 +244,14 @@ class OciIsolation(Isolation):
     def _look_blocking(self) -> Offer:
         for folder in (self.context.data_dir, self.context.run_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._mount_dir.mkdir(mode=0o711, exist_ok=True)
+        memory = self.context.data_dir / "probe.json"
+        return look(self._settings, self.context.run_dir, memory, self._trial())
+
+    def _trial(self) -> Trial:
         init = find_program(self._settings.init) or ""
         first_id = self._settings.userns_base
-        self._mount_dir.mkdir(mode=0o711, exist_ok=True)
-        trial = Trial(self._mount_dir, init, self._cgroups, self._rootfs, self._seccomp, first_id)
-        return look(self._settings, self.context.run_dir, self.context.data_dir / "probe.json", trial)
+        return Trial(self._mount_dir, init, self._cgroups, self._rootfs, self._seccomp, first_id)
 
     def _ready(self) -> _Started:
         if self._started is None:

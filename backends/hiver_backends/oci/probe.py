@@ -39,6 +39,8 @@ class Remembered(Struct, frozen=True):
 
     key: str
     runtime: Runtime
+    refusals: list[str]
+    """What was tried before it, and why it did not work."""
 
 
 def find_program(name: str) -> str | None:
@@ -127,8 +129,8 @@ def _runtime(settings: Settings, init: str, memory: Path, trial: Trial) -> tuple
     key = _key(settings, candidates, init)
     known = _recall(memory, key)
     if known is not None:
-        return known, _good(known)
-    refusals = []
+        return known.runtime, _good(known.runtime, known.refusals)
+    refusals: list[str] = []
     for candidate in candidates:
         try:
             trial.run(candidate)
@@ -137,8 +139,8 @@ def _runtime(settings: Settings, init: str, memory: Path, trial: Trial) -> tuple
         except VulnerableRuntimeError as error:
             refusals.append(f"{candidate.kind}: {error.__doc__}")
         else:
-            memory.write_bytes(msgspec.json.encode(Remembered(key, candidate)))
-            return candidate, _good(candidate)
+            memory.write_bytes(msgspec.json.encode(Remembered(key, candidate, refusals)))
+            return candidate, _good(candidate, refusals)
     return None, Finding("runtime", ok=False, detail="; ".join(refusals), remedy=_remedy(refusals))
 
 
@@ -148,8 +150,9 @@ def _remedy(refusals: list[str]) -> str:
     return "install another runtime (apt-get install runc crun), or change the host as the messages say"
 
 
-def _good(runtime: Runtime) -> Finding:
-    return Finding("runtime", ok=True, detail=f"{runtime.version} ({runtime.path})")
+def _good(runtime: Runtime, refusals: list[str]) -> Finding:
+    others = f"; does not work here: {'; '.join(refusals)}" if refusals else ""
+    return Finding("runtime", ok=True, detail=f"{runtime.version} ({runtime.path}){others}")
 
 
 def _userns(settings: Settings, runtime: Runtime) -> Finding:
@@ -191,9 +194,9 @@ def _stamp(path: str) -> list[str]:
     return [str(status.st_size), str(status.st_mtime_ns)]
 
 
-def _recall(memory: Path, key: str) -> Runtime | None:
+def _recall(memory: Path, key: str) -> Remembered | None:
     try:
         remembered = msgspec.json.decode(memory.read_bytes(), type=Remembered)
     except (OSError, msgspec.MsgspecError):
         return None
-    return remembered.runtime if remembered.key == key else None
+    return remembered if remembered.key == key else None

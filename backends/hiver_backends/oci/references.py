@@ -15,7 +15,7 @@ from hiverd.contracts.isolation import Image
 BUNDLE_LABEL: Final = "hiver.bundle"
 _LOCAL_TRANSPORTS: Final = ("oci-archive", "docker-archive", "oci")
 _NAME: Final = re.compile(
-    r"(?:(?P<registry>[a-zA-Z0-9.\-]+(?::[0-9]+)?|\[[0-9a-fA-F:]+\](?::[0-9]+)?)/)?"
+    r"(?:(?P<registry>[a-zA-Z0-9][a-zA-Z0-9.\-]*(?::[0-9]+)?|\[[0-9a-fA-F:]+\](?::[0-9]+)?)/)?"
     r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
     r"(?::[\w][\w.\-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
 )

@@ -34,7 +34,8 @@ _PASSED_ENVIRONMENT: Final = (
     "HOME", "PATH", "XDG_RUNTIME_DIR", "REGISTRY_AUTH_FILE", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
-_UNKNOWN_IMAGE: Final = ("manifest unknown", "no descriptor found", "name unknown", "not found", "no image", "does not exist", "denied",
+_UNKNOWN_IMAGE: Final = ("manifest unknown", "no descriptor found",
+                         "name unknown", "not found", "no image", "does not exist", "denied",
                          "unauthorized", "no such file")  # fmt: skip
 
 

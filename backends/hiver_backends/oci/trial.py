@@ -21,6 +21,8 @@ from .cgroups import Cgroups
 from .rootfs import RootFs, unmount_below
 from .runtime import ENVIRONMENT, Runtime, last_error
 
+PREFIX: Final = "probe-"
+"""Of the ids of trial sandboxes."""
 _RUN_SECONDS: Final = 30.0
 _LEAK_CANDIDATES: Final = range(3, 12)
 
@@ -44,7 +46,7 @@ class Trial:
 
     def run(self, runtime: Runtime) -> None:
         """Raises `TrialError`."""
-        sandbox_id = f"probe-{secrets.token_hex(4)}"
+        sandbox_id = f"{PREFIX}{secrets.token_hex(4)}"
         folder = self._folder / sandbox_id
         try:
             self._build(folder, sandbox_id, runtime)
@@ -55,6 +57,16 @@ class Trial:
             raise TrialError(str(error)) from error
         finally:
             self._remove(folder, sandbox_id, runtime)
+
+    def sweep(self) -> None:
+        """Removes the trials of killed servers. Not while a trial of the same instance runs."""
+        names = {path.name for path in self._folder.glob(f"{PREFIX}*")}
+        names |= {name for name in self._cgroups.owned() if name.startswith(PREFIX)}
+        for name in names:
+            with contextlib.suppress(TimeoutError):
+                self._cgroups.remove(name, timeout_seconds=5)
+            unmount_below(self._folder / name)
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def _build(self, folder: Path, sandbox_id: str, runtime: Runtime) -> None:
         folder.mkdir(mode=0o711)

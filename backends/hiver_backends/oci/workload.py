@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
+import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
@@ -41,6 +43,7 @@ from .terminal import EntryTerminal, record_failure
 
 _EXIT_FILE_SECONDS: Final = 10.0
 _ORPHANS_SECONDS: Final = 0.1
+_LAST_OUTPUT_BYTES: Final = 4096
 _T = TypeVar("_T")
 
 
@@ -169,6 +172,9 @@ class OciWorkload(Workload):
         await self._until_ended()
         if self._exit is None:
             code = await self._exit_code()
+            if code == 1 and self._spec.argv and self._terminal is None:
+                last, _ = await self._in_pool(lambda: logs.tail_bytes(self._places.main.log, _LAST_OUTPUT_BYTES))
+                code = bundle.entry_exit_code(code, last)
             killed_for_memory = code == 128 + signal.SIGKILL and self._oom_kills > 0
             self._exit = WorkloadExit(exit_code=code, out_of_memory=killed_for_memory)
         return self._exit
@@ -222,8 +228,22 @@ class OciWorkload(Workload):
     async def remove_mount(self, target: str) -> None:
         place = (await self._find({target: self._mounts.get(target, "")})).get(target)
         if place is not None:
-            await self._in_pool(lambda: livemounts.detach_live(self._identity.pid, self.open_root, place))
+            await self._in_pool(lambda: self._take_away(place))
         self._mounts.pop(target, None)
+
+    def _take_away(self, place: str) -> None:
+        try:
+            livemounts.detach_live(self._identity.pid, self.open_root, place)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # The kernel locks what was there when the user namespace was made (mount_namespaces(7)), for us as well.
+            # An empty folder over it hides it for good: inside, nobody may take that away.
+            empty = self._spec.volume / "removed" / secrets.token_hex(4)
+            empty.mkdir(mode=0o755, parents=True)
+            cover = Mount(target=place, source=str(empty))
+            engine, identity = self._engine, self._identity
+            livemounts.attach_live(engine.rootfs, identity.pid, self.open_root, cover, identity.host_id)
 
     async def mounted_targets(self) -> frozenset[str]:
         return frozenset(await self._find(dict(self._mounts)))

@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
+from litestar.openapi.spec.enums import OpenAPIFormat
 
 from hiverd.wire.answers import ErrorBody
 
@@ -31,6 +32,17 @@ def describe(outcomes: Mapping[int, str] | None = None) -> dict[int, ResponseSpe
     return described
 
 
+@dataclass
+class FileOperation(Operation):
+    """An operation on the path of a file, which is free text and not, as Litestar has it, a URI."""
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters or ():
+            schema = getattr(parameter, "schema", None)
+            if isinstance(schema, Schema) and schema.format == OpenAPIFormat.URI:
+                schema.format = None
+
+
 def json_body(model: type[Any]) -> type[Operation]:
     """An operation whose request body is `model` as JSON; decoded by us, for messages that name the member."""
     (schema,), components = msgspec.json.schema_components([model], ref_template="#/$defs/{name}")
@@ -49,8 +61,9 @@ def bytes_body(description: str) -> type[Operation]:
     """An operation that takes raw bytes."""
 
     @dataclass
-    class WithBytes(Operation):
+    class WithBytes(FileOperation):
         def __post_init__(self) -> None:
+            super().__post_init__()
             media = OpenAPIMediaType(schema=_RawSchema({"type": "string", "format": "binary"}))
             self.request_body = RequestBody(content={"application/octet-stream": media}, description=description)
 

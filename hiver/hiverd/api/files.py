@@ -12,7 +12,7 @@ from litestar.status_codes import HTTP_200_OK
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from hiverd.api.documents import bytes_body, describe
+from hiverd.api.documents import FileOperation, bytes_body, describe
 from hiverd.api.file_responses import DirectoryListing, FileDownload
 from hiverd.api.file_uploads import UploadForm, body_of
 from hiverd.api.injected import AnyRequest, TheFiles, TheSandbox
@@ -71,7 +71,7 @@ class FilesController(Controller):
     # Uploads stream to disk, and the sandbox's disk bounds them.
     request_max_body_size = None
 
-    @get("/file/{path:path}", summary="Read a file", responses=_DOWNLOAD)
+    @get("/file/{path:path}", operation_class=FileOperation, summary="Read a file", responses=_DOWNLOAD)
     async def read(
         self,
         request: AnyRequest,
@@ -113,7 +113,12 @@ class FilesController(Controller):
         path = os.fsencode(form.destination) + b"/" + os.fsencode(form.filename)
         return await files.write(sandbox, path, form.content())
 
-    @delete("/file/{path:path}", summary="Remove a file or an empty directory", responses=describe())
+    @delete(
+        "/file/{path:path}",
+        operation_class=FileOperation,
+        summary="Remove a file or an empty directory",
+        responses=describe(),
+    )
     async def remove(self, request: AnyRequest, sandbox: TheSandbox, files: TheFiles) -> None:
         """A link is removed itself, not what it leads to."""
         await files.delete(sandbox, _path_in_url(request))
