@@ -47,15 +47,6 @@ class Context:
         """Releases that send `x-hiver-key`; those before can be told apart from newer ones by its absence."""
         return self.version >= (0, 1, 26)
 
-    @property
-    def first_event_id(self) -> int | None:
-        """Where to open an event stream so that this release can read it.
-
-        Nothing on the wire tells 0.1.26 to 0.1.35 from 0.1.36, and they cannot parse `system.start`, which is always
-        event 1 (PROTOCOL 7): their users must start behind it.
-        """
-        return 1 if self.marks_its_creates and not self.reads_system_events else None
-
     async def shutdown(self, sandbox: Any) -> None:
         if self.old_family:
             await self.controller.shutdown(sandbox, gateway_url=self.gateway_url)
@@ -131,11 +122,10 @@ class Context:
     @contextlib.asynccontextmanager
     async def events(self, sandbox: Any, after: int | None = None) -> AsyncIterator[EventLog]:
         """Collects the client's event stream in the background while the block runs."""
-        start = after if after is not None else self.first_event_id
         log = EventLog()
 
         async def collect() -> None:
-            async for event in sandbox.get_events_stream(last_event_id=start):
+            async for event in sandbox.get_events_stream(last_event_id=after):
                 log.add(event)
 
         task = asyncio.create_task(collect(), name="collect-events")
