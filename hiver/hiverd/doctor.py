@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from hiverd import plugins
 from hiverd.contracts.errors import HiverError
-from hiverd.contracts.isolation import BackendContext, Finding
+from hiverd.contracts.isolation import BackendContext, Finding, Isolation
 from hiverd.settings import Settings
 
 _GROUP: plugins.Group = "hiver.isolation"
@@ -50,9 +50,16 @@ def _probe(name: str, settings: Settings) -> list[Finding]:
     try:
         plugin = plugins.isolation_class(name)
         with tempfile.TemporaryDirectory(prefix="doctor-", dir=_scratch(settings.server.data_dir)) as folder:
-            return asyncio.run(plugins.build(plugin, _context(name, settings, Path(folder))).probe())
+            return asyncio.run(_examine_one(plugins.build(plugin, _context(name, settings, Path(folder)))))
     except HiverError as error:
         return [Finding(name=name, ok=False, detail=error.message)]
+
+
+async def _examine_one(plugin: Isolation) -> list[Finding]:
+    try:
+        return await plugin.probe()
+    finally:
+        await plugin.close()
 
 
 def _scratch(data_dir: Path) -> Path | None:

@@ -50,8 +50,9 @@ _CPU_PERIOD_US: Final = 100_000
 _MIN_PIDS: Final = 32
 """Below that, a runtime's own threads do not fit while it starts a command."""
 _OOM_SCORE_ADJ: Final = 500
-_NOFILE_SOFT: Final = 1024
-_NOFILE_HARD: Final = 1_048_576
+_COMMAND_FILES: Final = 1024
+"""PROTOCOL 3.11."""
+_ENTRYPOINT_FILES: Final = 65_536
 
 
 class Layout(Struct, frozen=True, kw_only=True):
@@ -101,7 +102,9 @@ def exec_process(spec: ExecSpec, workload: WorkloadSpec) -> dict[str, Any]:
     """The process document of a command run by `exec`."""
     terminal = {"TERM": "xterm-256color", "COLORTERM": "truecolor"} if spec.tty else {}
     env = terminal | environment(workload) | spec.env
-    return process(list(spec.argv), env, spec.cwd or workload.cwd or "/", terminal=spec.tty)
+    document = process(list(spec.argv), env, spec.cwd or workload.cwd or "/", terminal=spec.tty)
+    document["rlimits"] = _rlimits(_COMMAND_FILES)
+    return document
 
 
 def process(argv: list[str], env: Mapping[str, str], cwd: str, *, terminal: bool) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def process(argv: list[str], env: Mapping[str, str], cwd: str, *, terminal: bool
         "env": [f"{name}={value}" for name, value in env.items()],
         "cwd": cwd,
         "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-        "rlimits": _rlimits(),
+        "rlimits": _rlimits(_ENTRYPOINT_FILES),
         "noNewPrivileges": True,
         "oomScoreAdj": _OOM_SCORE_ADJ,
     }
@@ -179,11 +182,13 @@ def _resources(spec: WorkloadSpec, *, swap_limit: bool) -> dict[str, Any]:
     }
 
 
-def _rlimits() -> list[dict[str, Any]]:
+def _rlimits(files: int) -> list[dict[str, Any]]:
+    # Soft and hard alike: a runtime written in Go raises a soft limit below the hard one for itself, and in some
+    # versions, depending on timing, what it starts inherits that.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    hard = _NOFILE_HARD if hard == resource.RLIM_INFINITY else min(hard, _NOFILE_HARD)
+    files = files if hard == resource.RLIM_INFINITY else min(files, hard)
     return [
-        {"type": "RLIMIT_NOFILE", "soft": min(_NOFILE_SOFT, hard), "hard": hard},
+        {"type": "RLIMIT_NOFILE", "soft": files, "hard": files},
         {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
     ]
 

@@ -8,10 +8,12 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from . import pids
 from .children import Children
+
+_REAP_SECONDS: Final = 5.0
 
 
 class Result(NamedTuple):
@@ -41,6 +43,7 @@ async def run(
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+            await asyncio.wait({child.exited}, timeout=_REAP_SECONDS)
             raise
     finally:
         os.close(reader)

@@ -85,7 +85,10 @@ class FakeWorkload(Workload):
         return None
 
     def open_root(self) -> int:
-        return os.open("/", os.O_PATH)
+        """An empty folder on the volume: never the host's own root."""
+        root = self.spec.volume / "fake-root"
+        root.mkdir(parents=True, exist_ok=True)
+        return os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @property
     def root_ids(self) -> tuple[int, int]:
