@@ -201,6 +201,7 @@ class Probed:
     """An isolation plug-in that only probes."""
 
     findings: ClassVar[dict[str, list[Finding]]] = {}
+    opened: ClassVar[list[Probed]] = []
 
     def __init__(self, context: BackendContext) -> None:
         assert context.data_dir.stat().st_mode & 0o777 == 0o700
@@ -208,7 +209,11 @@ class Probed:
         self.name = str(context.options["name"])
 
     async def probe(self) -> list[Finding]:
+        self.opened.append(self)
         return self.findings[self.name]
+
+    async def close(self) -> None:
+        self.opened.remove(self)
 
 
 GOOD = Finding("runtime", ok=True, detail="runc 1.1.5")
@@ -253,6 +258,7 @@ def test_doctor_judges_the_chosen_backend(probed: dict[str, list[Finding]]) -> N
 def test_doctor_leaves_nothing_behind(probed: dict[str, list[Finding]], tmp_path: Path) -> None:
     assert hiver("doctor", HIVER_DATA_DIR=str(tmp_path)).exit_code == 0
     assert not list(tmp_path.iterdir())
+    assert Probed.opened == []
 
 
 def test_doctor_without_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
