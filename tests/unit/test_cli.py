@@ -201,7 +201,7 @@ class Probed:
     """An isolation plug-in that only probes."""
 
     findings: ClassVar[dict[str, list[Finding]]] = {}
-    opened: ClassVar[list[Probed]] = []
+    opened: ClassVar[list[object]] = []
 
     def __init__(self, context: BackendContext) -> None:
         assert context.data_dir.stat().st_mode & 0o777 == 0o700
