@@ -21,6 +21,7 @@ from .trial import PREFIX
 from .workload import Places
 
 _TIMEOUT_SECONDS: Final = 20.0
+_MONITOR_SECONDS: Final = 0.5
 CREATED_MARK: Final = "created"
 """File in a sandbox's run folder once `create` is through: from then on its pid files name all its monitors."""
 
@@ -47,10 +48,14 @@ class Cleaner:
         places = self.places(sandbox_id)
         half_made = not (places.run / CREATED_MARK).exists()
         try:
-            self._kill_monitors(sandbox_id, places)
+            if half_made:
+                # A monitor or a runtime that goes on would make more of what is being removed.
+                self._kill_monitors(sandbox_id, places)
             if self._runtime.kind == "runsc":
                 self._delete_by_runtime(sandbox_id)
             self._cgroups.remove(sandbox_id, _TIMEOUT_SECONDS)
+            self._let_monitors_end(sandbox_id, places)
+            self._kill_monitors(sandbox_id, places)
             unmount_below(places.mount)
             _remove_mount_folder(places.mount)
             for folder in (self._state_dir / sandbox_id, places.run, places.log):
@@ -66,8 +71,8 @@ class Cleaner:
         """Ids of all sandboxes of which anything is left."""
         ids = self._cgroups.owned() | set(self._monitors(None).values())
         for folder in (self._folders.run, self._folders.log, self._folders.mount, self._state_dir):
-            with contextlib.suppress(FileNotFoundError):
-                ids.update(os.listdir(folder))
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+                ids.update(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         return frozenset(name for name in ids if not name.startswith(PREFIX))
 
     def _left(self, sandbox_id: str, places: Places) -> list[str]:
@@ -84,6 +89,12 @@ class Cleaner:
                 self._kill_monitor(pid, sandbox_id)
             if time.monotonic() > deadline_monotonic:
                 raise TimeoutError(f"monitor processes do not end: {victims}")
+            time.sleep(0.001)
+
+    def _let_monitors_end(self, sandbox_id: str, places: Places) -> None:
+        """A monitor reaps its process and ends at once. Killed first, it would leave a zombie to us."""
+        deadline_monotonic = time.monotonic() + _MONITOR_SECONDS
+        while self._find_monitors(sandbox_id, places) and time.monotonic() < deadline_monotonic:
             time.sleep(0.001)
 
     def _find_monitors(self, sandbox_id: str, places: Places) -> list[int]:
