@@ -198,6 +198,8 @@ class ExecSuite:
         process = await start(workload, "trap 'echo caught' INT; echo ready; cat; echo end", tty=True, stdin=True)
         output = process.output()
         await read_until(output, b"ready")
+        await process.write(b"here\n")
+        await read_until(output, b"here\r\nhere")  # now cat runs: a signal before would reach the waiting shell alone
         await process.write(b"\x03")
         await read_until(output, b"caught")
         await process.close()
