@@ -31,12 +31,17 @@ def planted(mark: str, tmp_path: Path) -> Iterator[list[str]]:
     mount.mkdir()
     cgroup = next(path for path in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")) if path.is_dir()) / mark
     subprocess.run(["mount", "-t", "tmpfs", "none", str(mount)], check=True)
-    subprocess.run(["ip", "netns", "add", mark], check=True)
+    # As `ip netns add` leaves it, without the mount of the folder that its first use on a machine leaves for good.
+    namespace = Path("/run/netns") / mark
+    namespace.parent.mkdir(exist_ok=True)
+    namespace.touch()
+    subprocess.run(["unshare", f"--net={namespace}", "true"], check=True)
     cgroup.mkdir()
     yield ["process", "mount", "network namespace", "cgroup"]
     process.communicate()
     subprocess.run(["umount", str(mount)], check=True)
-    subprocess.run(["ip", "netns", "delete", mark], check=True)
+    subprocess.run(["umount", str(namespace)], check=True)
+    namespace.unlink()
     cgroup.rmdir()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import re
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -23,7 +23,6 @@ from hiverd.netns import ThreadSocketFactory
 from hiverd.wire.events import Event
 
 _PROXY_PATH = re.compile(rb"/proxy/([^/]*)(.*)", re.DOTALL)
-_names = itertools.count()
 
 
 class RecordedEvents:
@@ -133,14 +132,16 @@ class Front:
 
 @contextlib.contextmanager
 def network_namespace() -> Iterator[str]:
-    """The nsfs path of a new network namespace with its loopback up."""
-    name = f"hgw{os.getpid()}x{next(_names)}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        yield f"/run/netns/{name}"
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
+    """The nsfs path of a new network namespace with its loopback up.
+
+    Not by `ip netns`: its first use on a machine makes a mount of its folder, which nothing removes.
+    """
+    with tempfile.NamedTemporaryFile(prefix="hiver-netns-") as handle:
+        subprocess.run(["unshare", f"--net={handle.name}", "ip", "link", "set", "lo", "up"], check=True)
+        try:
+            yield handle.name
+        finally:
+            subprocess.run(["umount", handle.name], check=True)
 
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
