@@ -16,8 +16,9 @@ import codecs
 import time
 from typing import Final, Literal
 
-from hiverd.gateway.headers import joined
-from hiverd.gateway.http1 import Headers
+from hiverd.http.bodies import is_text
+from hiverd.http.headers import joined
+from hiverd.http.responses import Headers
 from hiverd.wire.events import EventSink, IngressChunkEvent, IngressRequestEvent, IngressResponseEvent
 
 MAX_BODY_BYTES: Final = 512 * 1024
@@ -26,39 +27,7 @@ BODY_PATIENCE_SECONDS: Final = 0.25
 STATUS_WITHOUT_ANSWER: Final = 502
 """Recorded when the client left before there was an answer."""
 
-_TEXT_SUBTYPES: Final = frozenset(
-    (
-        "json",
-        "xml",
-        "javascript",
-        "x-javascript",
-        "ecmascript",
-        "x-www-form-urlencoded",
-        "x-ndjson",
-        "ndjson",
-        "jsonl",
-        "json-seq",
-        "event-stream",
-    )
-)
-
 Label = Literal["up", "down"]
-
-
-def is_text(headers: Headers) -> bool:
-    """Whether a body with these headers is recorded: uncompressed, and of a text type or of none (PROTOCOL 5.9)."""
-    kind: bytes | None = None
-    for name, value in headers:
-        if name == b"content-type":
-            kind = value
-        elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            return False
-    return kind is None or _is_text_type(kind.decode("latin-1"))
-
-
-def _is_text_type(content_type: str) -> bool:
-    kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
-    return kind in ("", "text") or subtype in _TEXT_SUBTYPES or subtype.endswith(("+json", "+xml"))
 
 
 class IngressRecorder:

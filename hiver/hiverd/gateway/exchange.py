@@ -8,11 +8,11 @@ from typing import Any, Final
 from hiverd.contracts.isolation import Workload
 from hiverd.gateway.asgi import Receive, Scope, Send, answer, answer_error
 from hiverd.gateway.capture import BODY_PATIENCE_SECONDS, IngressRecorder
-from hiverd.gateway.connection import Connection, UpstreamError
-from hiverd.gateway.headers import end_to_end, field_block, forwarded
-from hiverd.gateway.http1 import Headers, ResponseHead
 from hiverd.gateway.pool import DialError, NothingListensError, Pool
 from hiverd.gateway.uplink import Uplink
+from hiverd.http.connection import Connection, UpstreamError
+from hiverd.http.headers import end_to_end, field_block, forwarded
+from hiverd.http.responses import Headers, ResponseHead
 
 WATCH_AFTER_SECONDS: Final = 0.02
 """A request that is answered sooner needs no task that watches for the client's leaving."""

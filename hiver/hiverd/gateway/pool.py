@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
-from hiverd.gateway.connection import Connection
+from hiverd.http.connection import Connection
 from hiverd.netns import SocketFactory, SocketRequest, family_of, open_socket
 
 RETRY_INTERVAL_SECONDS: Final = 0.1

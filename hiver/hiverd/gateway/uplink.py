@@ -8,7 +8,7 @@ from typing import Final
 
 from hiverd.gateway.asgi import Receive
 from hiverd.gateway.capture import IngressRecorder
-from hiverd.gateway.connection import Connection
+from hiverd.http.connection import Connection
 
 MAX_EARLY_BYTES: Final = 256 * 1024
 """How much of a body is taken from the client while there is no connection yet."""

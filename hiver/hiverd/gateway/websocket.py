@@ -18,11 +18,11 @@ from wsproto.frame_protocol import CloseReason, Frame, FrameProtocol, Opcode, Pa
 
 from hiverd.gateway.asgi import Message, Receive, Scope, Send, answer
 from hiverd.gateway.capture import IngressRecorder
-from hiverd.gateway.connection import Connection, UpstreamError
 from hiverd.gateway.exchange import ClientGoneError, Route, dial_while_wanted
-from hiverd.gateway.headers import end_to_end, field_block, forwarded
-from hiverd.gateway.http1 import Headers, ResponseHead, connection_tokens
 from hiverd.gateway.pool import DialError
+from hiverd.http.connection import Connection, UpstreamError
+from hiverd.http.headers import end_to_end, field_block, forwarded
+from hiverd.http.responses import Headers, ResponseHead, connection_tokens
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 CLOSE_PATIENCE_SECONDS: Final = 5.0

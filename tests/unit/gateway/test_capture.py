@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from hiverd.gateway import capture
-from hiverd.gateway.capture import IngressRecorder, is_text
-from hiverd.gateway.http1 import Headers
+from hiverd.gateway.capture import IngressRecorder
+from hiverd.http.responses import Headers
 from hiverd.wire.events import Event, IngressChunkEvent, IngressRequestEvent, IngressResponseEvent
 from unit.gateway.harness import RecordedEvents
 
@@ -25,34 +23,6 @@ def recorder(events: RecordedEvents, **changes: Any) -> IngressRecorder:
         "headers": JSON,
     }
     return IngressRecorder(events, **(arguments | changes))
-
-
-@pytest.mark.parametrize(
-    ("content_type", "text"),
-    [
-        ("text/plain", True),
-        ("TEXT/HTML; charset=x", True),
-        ("application/json", True),
-        ("application/problem+json", True),
-        ("image/svg+xml", True),
-        ("application/javascript", True),
-        ("application/x-www-form-urlencoded", True),
-        ("text/event-stream", True),
-        ("", True),
-        ("application/octet-stream", False),
-        ("image/png", False),
-        ("multipart/form-data; boundary=json", False),
-        ("video/xml5", False),
-    ],
-)
-def test_text_types(content_type: str, text: bool) -> None:
-    assert is_text([(b"content-type", content_type.encode())]) is text
-
-
-def test_no_type_is_text_and_compressed_is_not() -> None:
-    assert is_text([])
-    assert is_text([(b"content-encoding", b"identity")])
-    assert not is_text([*JSON, (b"content-encoding", b"gzip")])
 
 
 def test_order_and_content() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import uvloop
 
-from hiverd.gateway.connection import READ_BYTES, Connection, UpstreamError
+from hiverd.http.connection import READ_BYTES, Connection, UpstreamError
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

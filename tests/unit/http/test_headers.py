@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hiverd.gateway.headers import canonical, end_to_end, field_block, forwarded, joined
+from hiverd.http.headers import canonical, end_to_end, field_block, forwarded, joined
 
 
 def test_hop_by_hop_fields_are_dropped_the_rest_stays_in_order() -> None:
