@@ -57,6 +57,10 @@ from hiverd.state.database import Database
 from hiverd.state.journal import Journal
 from hiverd.state.records import Records
 
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep an idle connection (httpx: 5 s), so that it is they who close: a request on a connection
+that the server closes at that moment would be lost."""
+
 log = logging.getLogger(__name__)
 
 
@@ -321,6 +325,7 @@ async def _serve(settings: Settings) -> int:
                 date_header=False,
                 timeout_graceful_shutdown=int(settings.server.shutdown_timeout_seconds),
                 backlog=4096,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )
         await server.serve(sockets=[listener])

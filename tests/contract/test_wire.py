@@ -232,3 +232,16 @@ async def test_an_interrupted_upload_leaves_no_file(http: httpx.AsyncClient, new
     listing = await http.get(ref.api("/directories?path=/workspace"))
     assert [entry["name"] for entry in listing.json()["entries"]] == ["f"]
     assert (await http.get(ref.api("/file/workspace/f"))).content == b"before"
+
+
+async def test_an_idle_connection_is_the_clients_to_close(http: httpx.AsyncClient) -> None:
+    """httpx drops what has been idle for 5 s; a server that closes then, too, loses the request of then."""
+    reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
+    try:
+        writer.write(b"GET /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 7)  # until the server closes
+    finally:
+        writer.close()
+        await writer.wait_closed()
