@@ -130,7 +130,13 @@ class Services:
             bytes_per_second=settings.events.stdio_bytes_per_second,
         )
         self.planner = MountPlanner(settings.files.origin_roots)
-        self.applier = ConfigApplier(self.records, self.planner, settings.egress.default)
+        defaults = SpecDefaults(
+            image=settings.sandbox.default_image,
+            cpu=settings.sandbox.cpu,
+            memory_mib=settings.sandbox.memory_mib,
+            pids_max=settings.sandbox.pids_max,
+        )
+        self.applier = ConfigApplier(self.records, self.planner, settings.egress.default, defaults)
         self.execs = Execs(
             self.journal, self.clock, ExecLimits(max_output_bytes=settings.exec.max_output_bytes, stdio=stdio)
         )
@@ -140,12 +146,7 @@ class Services:
             records=self.records,
             journal=self.journal,
             specs=SpecBuilder(
-                SpecDefaults(
-                    image=settings.sandbox.default_image,
-                    cpu=settings.sandbox.cpu,
-                    memory_mib=settings.sandbox.memory_mib,
-                    pids_max=settings.sandbox.pids_max,
-                ),
+                defaults,
                 self.planner,
             ),
             entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
@@ -228,6 +229,7 @@ def build_asgi(services: Services) -> Front:
         "isolation": services.isolation,
         "files": services.files,
         "parsers": ParserWatch(),
+        "keepalive_seconds": services.settings.exec.keepalive_seconds,
     }
     dependencies = {name: Provide(_constant(value), sync_to_thread=False) for name, value in shared.items()}
     dependencies["any_sandbox"] = Provide(provide_any_sandbox, sync_to_thread=False)

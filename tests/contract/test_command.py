@@ -14,7 +14,7 @@ import pytest
 
 from contract.raw import Ref, create
 from support.leaks import marks_of, traces, wait_until_clean
-from support.server import HIVER, Server, ServerFailed, clean_environment
+from support.server import DEFAULT_CONFIG, HIVER, Server, ServerFailed, clean_environment
 from support.waiting import until
 
 pytestmark = [pytest.mark.contract, pytest.mark.system]
@@ -78,6 +78,14 @@ def test_sandboxes_outlive_the_server(make_server: MakeServer, crash: bool) -> N
     assert httpx.delete(server.url + ref.api(), timeout=60).is_success
     server.stop()
     wait_until_clean(marks_of(server.data_dir, [ref.id]))
+
+
+def test_how_often_a_long_answer_gets_a_byte_is_the_operators(make_server: MakeServer) -> None:
+    server = make_server(config=DEFAULT_CONFIG + "[exec]\nkeepalive_seconds = 0.05\n")
+    server.start()
+    ref = new_sandbox(server, "patient")
+    answer = httpx.post(server.url + ref.api("/exec"), json={"command": "sleep 2.5"}, timeout=60)
+    assert len(answer.content) - len(answer.content.lstrip(b" ")) > 8  # by default 2
 
 
 def test_two_servers_never_share_a_data_folder(make_server: MakeServer) -> None:

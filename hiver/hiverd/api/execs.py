@@ -13,8 +13,9 @@ from litestar.params import FromPath
 from litestar.status_codes import HTTP_200_OK, HTTP_204_NO_CONTENT
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from hiverd.api.bodies import judged
 from hiverd.api.documents import describe, json_body
-from hiverd.api.injected import AnyRequest, TheExecs, TheSandbox
+from hiverd.api.injected import AnyRequest, TheExecs, TheKeepalive, TheSandbox
 from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream, HeldJson
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.isolation import Stream
@@ -42,13 +43,15 @@ class ExecController(Controller):
         operation_class=json_body(ExecRequest),
         responses=describe(),
     )
-    async def run(self, request: AnyRequest, sandbox: TheSandbox, execs: TheExecs) -> ASGIApp:
+    async def run(
+        self, request: AnyRequest, sandbox: TheSandbox, execs: TheExecs, keepalive_seconds: TheKeepalive
+    ) -> ASGIApp:
         """Takes as long as the command; leaving kills it with all that it started."""
-        command = command_of(decode_exec(await request.body()))
-        if command is None:
-            return HeldJson(_nothing(), cancel_on_disconnect=True, name="exec-empty")
-        work = execs.run_buffered(sandbox, command)
-        return HeldJson(work, cancel_on_disconnect=True, name=f"exec-{sandbox.key}")
+        command = command_of(await judged(await request.body(), decode_exec))
+        work = _nothing() if command is None else execs.run_buffered(sandbox, command)
+        return HeldJson(
+            work, cancel_on_disconnect=True, keepalive_seconds=keepalive_seconds, name=f"exec-{sandbox.key}"
+        )
 
     @post(
         "/exec-stream/{exec_id:str}",
@@ -66,7 +69,7 @@ class ExecController(Controller):
     ) -> ASGIApp:
         """Server-sent events; `exit` is always the last. The command runs before the headers are sent."""
         check_exec_id(exec_id)
-        decoded = decode_exec(await request.body())
+        decoded = await judged(await request.body(), decode_exec)
         command = command_of(decoded)
         if command is None and sandbox.terminal is not None:
             return EventStream(_attach(sandbox, exec_id, sandbox.terminal))
@@ -90,7 +93,7 @@ class ExecController(Controller):
         exec_id: FromPath[str],
         execs: TheExecs,
     ) -> None:
-        data = decode_stdin(await request.body()).data
+        data = (await judged(await request.body(), decode_stdin)).data
         await execs.write(sandbox, exec_id, data.encode("utf-8", "replace"), parse_resize(data))
 
 

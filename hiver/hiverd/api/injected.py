@@ -22,6 +22,8 @@ TheApplier = NamedDependency[ConfigApplier]
 TheExecs = NamedDependency[Execs]
 TheFiles = NamedDependency[FileAccess]
 TheIsolation = NamedDependency[Isolation]
+TheKeepalive = NamedDependency[float]
+"""`exec.keepalive_seconds`."""
 TheManager = NamedDependency[Manager]
 TheParsers = NamedDependency[ParserWatch]
 ThePlanner = NamedDependency[MountPlanner]

@@ -9,9 +9,10 @@ from litestar import Controller, Response, get, post, put
 from litestar.params import FromPath, FromQuery
 from litestar.types import ASGIApp
 
+from hiverd.api.bodies import judged
 from hiverd.api.documents import describe, json_body
 from hiverd.api.front import family_of
-from hiverd.api.injected import AnyRequest, TheApplier, TheIsolation, TheManager, TheSandbox
+from hiverd.api.injected import AnyRequest, TheApplier, TheIsolation, TheKeepalive, TheManager, TheSandbox
 from hiverd.api.streams import HeldJson
 from hiverd.contracts.errors import NotFoundError, UnavailableError, UnsupportedError
 from hiverd.sandboxes.sandbox import Sandbox
@@ -34,6 +35,12 @@ def provide_sandbox(any_sandbox: TheSandbox) -> Sandbox:
     if not any_sandbox.ready:
         raise UnavailableError(f'sandbox "{any_sandbox.key}" is {any_sandbox.status}, not running')
     return any_sandbox
+
+
+def _desired_config(raw: bytes) -> SandboxConfig:
+    desired = with_defaults(decode_config(raw))
+    validate_config(desired)
+    return desired
 
 
 class RunningController(Controller):
@@ -75,8 +82,7 @@ class RunningController(Controller):
         applier: TheApplier,
     ) -> ApplyResult:
         """All or nothing: when the answer says `applied`, it is in force."""
-        desired = with_defaults(decode_config(await request.body()))
-        validate_config(desired)
+        desired = await judged(await request.body(), _desired_config)
         family = family_of(request.scope)
         outcome = await applier.apply(any_sandbox, desired, family)
         return ApplyResult(
@@ -87,11 +93,13 @@ class RunningController(Controller):
         )
 
     @post("/snapshot", summary="Capture a snapshot", operation_class=json_body(SnapshotRequest), responses=describe())
-    async def snapshot(self, request: AnyRequest, sandbox: TheSandbox) -> ASGIApp:
+    async def snapshot(self, request: AnyRequest, sandbox: TheSandbox, keepalive_seconds: TheKeepalive) -> ASGIApp:
         decoded = decode_snapshot(await request.body())
 
         async def work() -> None:
             part = "vm" if decoded.files is None else "files"
             raise UnsupportedError("snapshots are not supported by this server yet", field=part)
 
-        return HeldJson(work(), cancel_on_disconnect=False, name=f"snapshot-{sandbox.key}")
+        return HeldJson(
+            work(), cancel_on_disconnect=False, keepalive_seconds=keepalive_seconds, name=f"snapshot-{sandbox.key}"
+        )

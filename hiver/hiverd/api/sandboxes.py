@@ -11,9 +11,10 @@ from litestar.params import FromPath
 from litestar.status_codes import HTTP_200_OK, HTTP_204_NO_CONTENT
 from litestar.types import ASGIApp
 
+from hiverd.api.bodies import judged
 from hiverd.api.documents import describe, json_body
 from hiverd.api.front import POD_EVENTS_PATH
-from hiverd.api.injected import AnyRequest, TheManager, ThePlanner
+from hiverd.api.injected import AnyRequest, TheKeepalive, TheManager, ThePlanner
 from hiverd.api.streams import SSE_COMMENT, SSE_HEARTBEAT_SECONDS, EventStream, HeldJson
 from hiverd.contracts.errors import InvalidError, NotFoundError
 from hiverd.sandboxes.manager import Manager
@@ -45,7 +46,9 @@ async def _create(request: AnyRequest, key: str, manager: Manager, planner: Moun
     image = request.headers.get("x-hiver-image")
     if image is not None and len(image) > 512:
         raise InvalidError("x-hiver-image: must be at most 512 characters", field="x-hiver-image")
-    sandbox, created = await manager.get_or_create(key, lambda: requested_config(raw, image, planner))
+    sandbox, created = await manager.get_or_create(
+        key, lambda: judged(raw, lambda body: requested_config(body, image, planner))
+    )
     response: Response[SandboxRef] = Response(
         reference(sandbox),
         status_code=201 if created else 200,
@@ -127,7 +130,9 @@ class PodController(Controller):
         return PodInfo((PodSandbox(sandbox.key, sandbox.ready, sandbox.status),))
 
     @delete("/{key:str}", status_code=HTTP_200_OK, summary="Shut a sandbox down")
-    async def shutdown(self, sandbox_ref: FromPath[str], key: FromPath[str], manager: TheManager) -> ASGIApp:
+    async def shutdown(
+        self, sandbox_ref: FromPath[str], key: FromPath[str], manager: TheManager, keepalive_seconds: TheKeepalive
+    ) -> ASGIApp:
         """204 when it is gone within a second; else 200, held open, with the key in the body when it is."""
         sandbox = _by_id(manager, sandbox_ref)
         if sandbox.key != key:
@@ -137,7 +142,13 @@ class PodController(Controller):
             await manager.shutdown(sandbox)
             return {"id": sandbox.id, "key": sandbox.key, "status": "destroyed"}
 
-        return HeldJson(work(), prompt_status=204, cancel_on_disconnect=False, name=f"delete-{key}")
+        return HeldJson(
+            work(),
+            prompt_status=204,
+            cancel_on_disconnect=False,
+            keepalive_seconds=keepalive_seconds,
+            name=f"delete-{key}",
+        )
 
 
 @get(POD_EVENTS_PATH + "{sandbox_ref:str}", include_in_schema=False)

@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 PROMPT_SECONDS: Final = 1.0
 """An answer that is ready by then is sent as an ordinary response with its true status."""
-HEARTBEAT_SECONDS: Final = 1.0
 SSE_HEARTBEAT_SECONDS: Final = 2.0
 SSE_COMMENT: Final = comment("keep-alive")
 JSON_TYPE: Final = b"application/json; charset=utf-8"
@@ -40,8 +39,9 @@ class HeldJson(Generic[T]):
     """Answers with the JSON that `work` returns, however long it takes.
 
     The published client gives up after 3 s without a byte, and JSON may begin with white space: so after a second the
-    headers go out with status 200, and a space every second until the document is ready. An error after that moment
-    can only be told in the body, as `{"error": ...}`. A caller who leaves cancels `work` if `cancel_on_disconnect`.
+    headers go out with status 200, and a space every `keepalive_seconds` until the document is ready. An error after
+    that moment can only be told in the body, as `{"error": ...}`. A caller who leaves cancels `work` if
+    `cancel_on_disconnect`.
     """
 
     def __init__(
@@ -51,12 +51,14 @@ class HeldJson(Generic[T]):
         encode: Callable[[T], bytes] = msgspec.json.encode,
         prompt_status: int = 200,
         cancel_on_disconnect: bool,
+        keepalive_seconds: float,
         name: str,
     ) -> None:
         self._work = work
         self._encode = encode
         self._prompt_status = prompt_status
         self._cancel_on_disconnect = cancel_on_disconnect
+        self._keepalive_seconds = keepalive_seconds
         self._name = name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +83,7 @@ class HeldJson(Generic[T]):
         await _start(send, 200, [(b"content-type", JSON_TYPE)])
         while not task.done():
             await send({"type": "http.response.body", "body": b" ", "more_body": True})
-            await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS)
+            await asyncio.wait({task}, timeout=self._keepalive_seconds)
         await send({"type": "http.response.body", "body": self._outcome(task)[1], "more_body": False})
 
     def _outcome(self, task: asyncio.Task[T]) -> tuple[int, bytes]:

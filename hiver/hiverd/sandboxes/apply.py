@@ -14,6 +14,7 @@ from hiverd.contracts.isolation import Mount, WorkloadSpec
 from hiverd.sandboxes.mounts import MountPlanner, PlannedMount, changed_mounts
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
 from hiverd.state.records import Records
+from hiverd.wire.changes import BUILT_IN, Defaults
 from hiverd.wire.config import SandboxConfig, config_to_wire, diff_configs, merge_immutables, redact_config
 from hiverd.wire.events import ConfigApplyEvent, SystemConfigChangedEvent
 
@@ -31,10 +32,17 @@ class Applied(Struct, frozen=True):
 
 
 class ConfigApplier:
-    def __init__(self, records: Records, mounts: MountPlanner, default_egress: Literal["allow", "deny"]) -> None:
+    def __init__(
+        self,
+        records: Records,
+        mounts: MountPlanner,
+        default_egress: Literal["allow", "deny"],
+        defaults: Defaults = BUILT_IN,
+    ) -> None:
         self._records = records
         self._mounts = mounts
         self._default_egress = default_egress
+        self._defaults = defaults
 
     async def apply(self, sandbox: Sandbox, desired: SandboxConfig, family: Family) -> Applied:
         """`desired` is valid already. `ConflictError` while another apply of this sandbox is under way.
@@ -52,7 +60,7 @@ class ConfigApplier:
     async def _apply(self, sandbox: Sandbox, spec: WorkloadSpec, desired: SandboxConfig, family: Family) -> Applied:
         try:
             current = sandbox.config
-            effective, warnings = merge_immutables(current, desired, family=family)
+            effective, warnings = merge_immutables(current, desired, family=family, defaults=self._defaults)
             changes = diff_configs(current, effective, default_egress=self._default_egress)
             if warnings:
                 changes["warnings"] = warnings

@@ -101,16 +101,23 @@ class Manager:
 
     # -- creating ---------------------------------------------------------------------------------------------------
 
-    async def get_or_create(self, key: str, read_config: Callable[[], SandboxConfig]) -> tuple[Sandbox, bool]:
+    async def get_or_create(
+        self, key: str, read_config: Callable[[], Awaitable[SandboxConfig]]
+    ) -> tuple[Sandbox, bool]:
         """The running sandbox of that key, and whether this call created it (PROTOCOL 3.1).
 
         `read_config` is called only when a sandbox must be created, so a wrong configuration for an existing key is
         ignored. Racing callers get one sandbox. A caller that leaves does not stop the creation.
         """
+        config: SandboxConfig | None = None
         while True:
             existing = self._by_key.get(key)
+            if existing is None and config is None:
+                config = await read_config()  # which may take time, so look again
+                continue
             if existing is None:
-                sandbox = self._begin_create(key, read_config())
+                assert config is not None  # noqa: S101 -- read above
+                sandbox = self._begin_create(key, config)
                 await asyncio.shield(sandbox.created)
                 return sandbox, True
             if existing.status == "stopping":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +19,13 @@ def resolve_origin(origin: str, roots: Sequence[Path], *, field: str) -> Path:
         raise InvalidError(
             f"{field}: this server shares no folders; the operator can list some in files.origin_roots", field=field
         )
-    resolved = Path(origin).resolve()
+    try:
+        resolved = Path(origin).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a NUL, a loop of links, a name that is too long
+        raise InvalidError(f"{field}: is not the path of a folder", field=field) from error
     allowed = [root.resolve() for root in roots]
     if not any(resolved == root or root in resolved.parents for root in allowed):
         raise InvalidError(f"{field}: is not below a folder that the operator lists in files.origin_roots", field=field)
-    if not resolved.is_dir():
+    if not os.path.isdir(resolved):
         raise InvalidError(f"{field}: is not an existing folder", field=field)
     return resolved

@@ -6,11 +6,10 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-from msgspec import Struct
-
 from hiverd.contracts.isolation import Image, WorkloadSpec
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.wire.changes import Defaults
 from hiverd.wire.config import (
     SandboxConfig,
     effective_cpu,
@@ -26,12 +25,9 @@ every other name 11.0.0.1)."""
 HOSTNAME_MAX: Final = 63
 
 
-class SpecDefaults(Struct, frozen=True):
-    """What the operator gives to a configuration that does not say."""
+class SpecDefaults(Defaults, frozen=True, kw_only=True):
+    """What the operator gives to a configuration that does not say, and cannot say."""
 
-    image: str
-    cpu: float
-    memory_mib: int
     pids_max: int
 
 

@@ -22,24 +22,40 @@ class TerminalHub:
         self._terminal = terminal
         self._viewers: set[asyncio.Queue[bytes | None]] = set()
         self._pump: asyncio.Task[None] | None = None
+        self._recent = bytearray()
+        """While the pump runs: the newest output, up to the last piece that was published."""
+        self._starting = asyncio.Lock()
         self._closed = False
 
     async def view(self) -> AsyncIterator[bytes]:
-        """Scrollback, then live output until the entrypoint ends. A slow viewer loses data, never delays others."""
+        """Scrollback, then live output until the entrypoint ends: one sequence without a gap or a repetition.
+
+        A slow viewer loses data, never delays others.
+        """
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(VIEWER_QUEUE_PIECES)
-        yield await self._terminal.scrollback(SCROLLBACK_BYTES)
-        if self._closed:
-            return
-        self._viewers.add(queue)
+        async with self._starting:
+            await self._ensure_pump()
+            # In one step with the copy: what is published later comes through the queue, what was earlier is in it.
+            scrollback = bytes(self._recent)
+            self._viewers.add(queue)
         try:
-            if self._pump is None or self._pump.done():
-                self._pump = asyncio.create_task(self._read(), name="terminal-hub")
+            yield scrollback
+            if self._closed:
+                return
             while (piece := await queue.get()) is not None:
                 yield piece
         finally:
             self._viewers.discard(queue)
             if not self._viewers and self._pump is not None:
                 self._pump.cancel()
+                self._pump = None
+
+    async def _ensure_pump(self) -> None:
+        if self._pump is not None and not self._pump.done():
+            return
+        self._recent = bytearray(await self._terminal.scrollback(SCROLLBACK_BYTES))
+        if not self._closed:
+            self._pump = asyncio.create_task(self._read(), name="terminal-hub")
 
     async def write(self, data: bytes, size: tuple[int, int] | None) -> None:
         if size is not None:
@@ -66,6 +82,8 @@ class TerminalHub:
             self._end_viewers()
 
     def _publish(self, piece: bytes) -> None:
+        self._recent += piece
+        del self._recent[:-SCROLLBACK_BYTES]
         for queue in self._viewers:
             if queue.full():
                 queue.get_nowait()

@@ -10,6 +10,9 @@ import msgspec
 
 from hiverd.strict import to_builtins
 from hiverd.wire.effective import (
+    DEFAULT_CPU,
+    DEFAULT_IMAGE,
+    DEFAULT_MEMORY_MIB,
     effective_cpu,
     effective_egress,
     effective_entrypoint,
@@ -23,29 +26,49 @@ from hiverd.wire.model import SandboxConfig
 
 Family = Literal["old", "new"]
 
-_IMMUTABLE: Final[Mapping[str, Callable[[SandboxConfig], object]]] = {
-    "image": effective_image,
-    "isolation": lambda config: config.isolation,
-    "cpu": effective_cpu,
-    "request_cpu": effective_request_cpu,
-    "memory": effective_memory_mib,
-    "entrypoint": effective_entrypoint,
-    "cwd": lambda config: config.cwd,
-    "tty": lambda config: bool(config.tty),
-    "env": lambda config: config.env or {},
-    "extra_hosts": lambda config: set(effective_extra_hosts(config)),
+
+class Defaults(msgspec.Struct, frozen=True):
+    """What absent members mean on this server: the operator's choice."""
+
+    image: str = DEFAULT_IMAGE
+    cpu: float = DEFAULT_CPU
+    memory_mib: int = DEFAULT_MEMORY_MIB
+
+
+BUILT_IN: Final = Defaults()
+
+Meaning = Callable[[SandboxConfig, Defaults], object]
+
+
+def _image(config: SandboxConfig, defaults: Defaults) -> str:
+    """The client's default name stands for the operator's default (PROTOCOL 0.19)."""
+    image = effective_image(config, None, defaults.image)
+    return defaults.image if image == DEFAULT_IMAGE else image
+
+
+_IMMUTABLE: Final[Mapping[str, Meaning]] = {
+    "image": _image,
+    "isolation": lambda config, _: config.isolation,
+    "cpu": lambda config, defaults: effective_cpu(config, defaults.cpu),
+    "request_cpu": lambda config, _: effective_request_cpu(config),
+    "memory": lambda config, defaults: effective_memory_mib(config, defaults.memory_mib),
+    "entrypoint": lambda config, _: effective_entrypoint(config),
+    "cwd": lambda config, _: config.cwd,
+    "tty": lambda config, _: bool(config.tty),
+    "env": lambda config, _: config.env or {},
+    "extra_hosts": lambda config, _: set(effective_extra_hosts(config)),
 }
 """Fields fixed at creation, and what each of them means: two spellings of one meaning are no difference."""
 
-_OLD_SPELLING: Final[Mapping[str, Callable[[SandboxConfig], object]]] = {
-    "cpu": lambda config: math.ceil(effective_cpu(config)),
-    "entrypoint": lambda config: " ".join(effective_entrypoint(config) or ()).split(),
+_OLD_SPELLING: Final[Mapping[str, Meaning]] = {
+    "cpu": lambda config, defaults: math.ceil(effective_cpu(config, defaults.cpu)),
+    "entrypoint": lambda config, _: " ".join(effective_entrypoint(config) or ()).split(),
 }
 """How old clients were shown a field: sending that back asks for no change."""
 
 
 def merge_immutables(
-    current: SandboxConfig, desired: SandboxConfig, *, family: Family = "new"
+    current: SandboxConfig, desired: SandboxConfig, *, family: Family = "new", defaults: Defaults = BUILT_IN
 ) -> tuple[SandboxConfig, list[str]]:
     """The desired configuration with the fields fixed at creation kept, and a warning for each that asked otherwise.
 
@@ -54,18 +77,18 @@ def merge_immutables(
     warnings = [
         f"{field}: cannot be changed after the sandbox is created; the present value is kept"
         for field in _IMMUTABLE
-        if getattr(desired, field) is not None and not _is_same(field, current, desired, family)
+        if getattr(desired, field) is not None and not _is_same(field, current, desired, family, defaults)
     ]
     kept = {field: getattr(current, field) for field in _IMMUTABLE}
     return msgspec.structs.replace(desired, **kept), warnings
 
 
-def _is_same(field: str, current: SandboxConfig, desired: SandboxConfig, family: Family) -> bool:
+def _is_same(field: str, current: SandboxConfig, desired: SandboxConfig, family: Family, defaults: Defaults) -> bool:
     meaning = _IMMUTABLE[field]
-    if meaning(current) == meaning(desired):
+    if meaning(current, defaults) == meaning(desired, defaults):
         return True
     old = _OLD_SPELLING.get(field)
-    return family == "old" and old is not None and old(current) == old(desired)
+    return family == "old" and old is not None and old(current, defaults) == old(desired, defaults)
 
 
 def diff_configs(

@@ -17,6 +17,7 @@ from hiverd.sandboxes.execs import ExecLimits, Execs
 from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
 from hiverd.sandboxes.stdio import StdioLimits
 from hiverd.sandboxes.tasks import TaskGroup
@@ -24,6 +25,7 @@ from hiverd.state.database import Database
 from hiverd.state.journal import Journal
 from hiverd.state.records import Records
 from hiverd.testing.fakes import FakeIsolation
+from hiverd.wire.config import SandboxConfig
 
 
 class MovableClock(SystemClock):
@@ -102,6 +104,14 @@ class Core:
             tasks=self.tasks,
             usage_seconds=5,
         )
+
+    async def obtain(self, key: str, read: Callable[[], SandboxConfig]) -> tuple[Sandbox, bool]:
+        """`get_or_create` with a configuration that is at hand."""
+
+        async def read_config() -> SandboxConfig:
+            return read()
+
+        return await self.manager.get_or_create(key, read_config)
 
 
 OpenCore = Callable[..., Any]

@@ -22,7 +22,7 @@ def local(*mounts):
 
 async def test_mounts_are_added_and_removed(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", lambda: config(fs=local("/workspace", "/old")))
+        sandbox, _ = await core.obtain("k", lambda: config(fs=local("/workspace", "/old")))
         outcome = await core.applier.apply(sandbox, config(fs=local("/workspace", "/new")), "new")
         assert outcome.error is None
         assert [entry["mount"] for entry in outcome.changes["fs"]["added"]] == ["/new"]
@@ -32,7 +32,7 @@ async def test_mounts_are_added_and_removed(open_core):
 
 async def test_a_failing_mount_rolls_everything_back(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", lambda: config(fs=local("/workspace", "/old")))
+        sandbox, _ = await core.obtain("k", lambda: config(fs=local("/workspace", "/old")))
         before = sandbox.config
         outcome = await core.applier.apply(
             sandbox, config(fs=local("/workspace", "/new", "/refused"), egress=[], ttl=5), "new"
@@ -50,7 +50,7 @@ async def test_a_failing_mount_rolls_everything_back(open_core):
 
 async def test_events_of_an_apply_are_in_order_and_without_secrets(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
         rule = {"access": "allow", "host": "x.org", "override": {"headers": {"Authorization": "Bearer hush"}}}
         await core.applier.apply(sandbox, config(egress=[rule]), "new")
         await core.journal.flushed()
@@ -61,7 +61,7 @@ async def test_events_of_an_apply_are_in_order_and_without_secrets(open_core):
 
 async def test_a_second_apply_meanwhile_is_refused(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
         first = asyncio.ensure_future(core.applier.apply(sandbox, config(ttl=5), "new"))
         await asyncio.sleep(0)
         with pytest.raises(ConflictError, match="still in progress"):
@@ -72,7 +72,7 @@ async def test_a_second_apply_meanwhile_is_refused(open_core):
 
 async def test_immutable_fields_are_kept_and_named(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", lambda: config(memory=256))
+        sandbox, _ = await core.obtain("k", lambda: config(memory=256))
         outcome = await core.applier.apply(sandbox, config(memory=1024, cpu=2), "new")
         assert outcome.config.memory == 256
         assert len(outcome.changes["warnings"]) == 2
@@ -80,7 +80,7 @@ async def test_immutable_fields_are_kept_and_named(open_core):
 
 async def test_an_applied_events_filter_is_in_force_at_once(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
         await core.applier.apply(sandbox, config(events=[]), "new")
         await core.journal.flushed()
         assert len(await core.database.fetch("SELECT id FROM events")) == 1
@@ -105,7 +105,7 @@ async def test_what_is_not_supported_is_refused_by_name(open_core, members, fiel
 
 async def test_a_restart_undoes_a_half_made_apply(open_core, isolation):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", lambda: config(fs=local("/a", "/b")))
+        sandbox, _ = await core.obtain("k", lambda: config(fs=local("/a", "/b")))
         workload = isolation.workloads[sandbox.id]
         entered = asyncio.Event()
 

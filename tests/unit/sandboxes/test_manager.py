@@ -26,7 +26,7 @@ async def nothing_left(core) -> None:
 
 async def test_racing_callers_get_one_sandbox(open_core):
     async with open_core() as core:
-        answers = await asyncio.gather(*(core.manager.get_or_create("k", config) for _ in range(20)))
+        answers = await asyncio.gather(*(core.obtain("k", config) for _ in range(20)))
         assert len({sandbox.id for sandbox, _ in answers}) == 1
         assert sum(created for _, created in answers) == 1
         assert len(core.isolation.workloads) == 1
@@ -34,12 +34,12 @@ async def test_racing_callers_get_one_sandbox(open_core):
 
 async def test_config_of_an_existing_key_is_not_even_read(open_core):
     async with open_core() as core:
-        await core.manager.get_or_create("k", config)
+        await core.obtain("k", config)
 
         def malformed() -> SandboxConfig:
             raise InvalidError("never read")
 
-        _, created = await core.manager.get_or_create("k", malformed)
+        _, created = await core.obtain("k", malformed)
         assert not created
 
 
@@ -55,17 +55,17 @@ async def test_a_failed_create_tells_why_and_leaves_nothing(open_core, step):
 
         core.isolation.hook = fail
         with pytest.raises(BackendError, match="create failed"):
-            await core.manager.get_or_create("k", config)
+            await core.obtain("k", config)
         await nothing_left(core)
         core.isolation.hook = None
-        _, created = await core.manager.get_or_create("k", config)
+        _, created = await core.obtain("k", config)
         assert created
 
 
 async def test_an_unknown_image_is_told_and_leaves_nothing(open_core):
     async with open_core() as core:
         with pytest.raises(NotFoundError, match="missing"):
-            await core.manager.get_or_create("k", lambda: config(image="missing"))
+            await core.obtain("k", lambda: config(image="missing"))
         await nothing_left(core)
 
 
@@ -78,7 +78,7 @@ async def test_an_internal_error_is_not_shown(open_core):
 
         core.isolation.hook = fail
         with pytest.raises(HiverError) as caught:
-            await core.manager.get_or_create("k", config)
+            await core.obtain("k", config)
         assert "secret" not in caught.value.message
 
 
@@ -92,7 +92,7 @@ async def test_shutdown_during_create_ends_with_nothing_left(open_core):
                 await go_on.wait()
 
         core.isolation.hook = hold
-        creating = asyncio.ensure_future(core.manager.get_or_create("k", config))
+        creating = asyncio.ensure_future(core.obtain("k", config))
         await entered.wait()
         stopping = asyncio.ensure_future(core.manager.shutdown(core.manager.by_key("k")))
         await asyncio.sleep(0)
@@ -105,7 +105,7 @@ async def test_shutdown_during_create_ends_with_nothing_left(open_core):
 
 async def test_create_during_shutdown_waits_and_gets_a_new_sandbox(open_core):
     async with open_core() as core:
-        first, _ = await core.manager.get_or_create("k", config)
+        first, _ = await core.obtain("k", config)
         entered, go_on = asyncio.Event(), asyncio.Event()
 
         async def hold(at: str) -> None:
@@ -116,7 +116,7 @@ async def test_create_during_shutdown_waits_and_gets_a_new_sandbox(open_core):
         core.isolation.hook = hold
         stopping = asyncio.ensure_future(core.manager.shutdown(first))
         await entered.wait()
-        creating = asyncio.ensure_future(core.manager.get_or_create("k", config))
+        creating = asyncio.ensure_future(core.obtain("k", config))
         await asyncio.sleep(0)
         assert not creating.done()
         core.isolation.hook = None
@@ -138,11 +138,11 @@ async def test_the_caller_who_leaves_does_not_stop_a_create(open_core):
                 await go_on.wait()
 
         core.isolation.hook = hold
-        creating = asyncio.ensure_future(core.manager.get_or_create("k", config))
+        creating = asyncio.ensure_future(core.obtain("k", config))
         await entered.wait()
         creating.cancel()
         go_on.set()
-        _, created = await core.manager.get_or_create("k", config)
+        _, created = await core.obtain("k", config)
         assert not created
 
 
@@ -150,7 +150,7 @@ async def test_exec_during_shutdown_ends_killed(open_core):
     from hiverd.sandboxes.execs import Command
 
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
         running = asyncio.ensure_future(
             core.execs.run_buffered(sandbox, Command(argv=("wait-for-kill",), display="wait-for-kill"))
         )
@@ -165,7 +165,7 @@ async def test_exec_during_shutdown_ends_killed(open_core):
 
 async def test_a_workload_that_ends_by_itself_dies_and_is_removed(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
         stream = core.manager.lifecycle.subscribe((), 5.0)
         first = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0)
@@ -180,7 +180,7 @@ async def test_a_workload_that_ends_by_itself_dies_and_is_removed(open_core):
 
 async def test_a_restart_adopts_and_everything_goes_on(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", lambda: config(ttl=60))
+        sandbox, _ = await core.obtain("k", lambda: config(ttl=60))
         core.clock.added_seconds = 40
         await core.execs.run_buffered(sandbox, _echo())
         await core.housekeeping.store_activity()
@@ -216,7 +216,7 @@ async def test_a_restart_removes_what_was_half_made(open_core, isolation):
                 await asyncio.Event().wait()
 
         core.isolation.hook = hold
-        creating = asyncio.ensure_future(core.manager.get_or_create("k", config))
+        creating = asyncio.ensure_future(core.obtain("k", config))
         await entered.wait()
         # The server is killed here.
         creating.cancel()
@@ -226,14 +226,14 @@ async def test_a_restart_removes_what_was_half_made(open_core, isolation):
     assert len(isolation.workloads) == 1
     async with open_core() as core:
         await core.manager.adopt_all()
-        sandbox, created = await core.manager.get_or_create("k", config)
+        sandbox, created = await core.obtain("k", config)
         assert created
         assert list(isolation.workloads) == [sandbox.id]
 
 
 async def test_a_restart_finishes_a_shutdown(open_core, isolation):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
         await core.records.set_stopping(sandbox.id)
     async with open_core() as core:
         await core.manager.adopt_all()
@@ -244,7 +244,7 @@ async def test_a_restart_finishes_a_shutdown(open_core, isolation):
 async def test_what_cannot_be_found_out_is_not_dead(open_core, isolation, monkeypatch):
     monkeypatch.setattr("hiverd.sandboxes.manager.ADOPT_RETRY_SECONDS", 0.01)
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
     async with open_core() as core:
         attempts = 0
 
@@ -258,7 +258,7 @@ async def test_what_cannot_be_found_out_is_not_dead(open_core, isolation, monkey
         isolation.hook = unknown_twice
         await core.manager.adopt_all()
         assert core.manager.by_key("k").status == "starting"
-        adopted, created = await asyncio.wait_for(core.manager.get_or_create("k", config), 5)
+        adopted, created = await asyncio.wait_for(core.obtain("k", config), 5)
         assert not created
         assert adopted.id == sandbox.id
         assert isolation.destroyed == []
@@ -266,18 +266,18 @@ async def test_what_cannot_be_found_out_is_not_dead(open_core, isolation, monkey
 
 async def test_what_surely_ended_meanwhile_is_removed(open_core, isolation):
     async with open_core() as core:
-        await core.manager.get_or_create("k", config)
+        await core.obtain("k", config)
     isolation.workloads.clear()
     async with open_core() as core:
         await core.manager.adopt_all()
-        _, created = await asyncio.wait_for(core.manager.get_or_create("k", config), 5)
+        _, created = await asyncio.wait_for(core.obtain("k", config), 5)
         assert created
 
 
 async def test_the_reaper_ends_what_is_idle_and_records_it(open_core):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", lambda: config(ttl=10))
-        other, _ = await core.manager.get_or_create("eternal", lambda: config(ttl=0))
+        sandbox, _ = await core.obtain("k", lambda: config(ttl=10))
+        other, _ = await core.obtain("eternal", lambda: config(ttl=0))
         core.clock.added_seconds = 9
         await core.housekeeping.reap()
         assert sandbox.status == "running"
@@ -291,7 +291,7 @@ async def test_only_the_holder_of_the_lease_reaps(open_core):
     async with open_core() as core:
         now = core.clock.wall()
         assert await core.records.take_lease("reaper", "another", now, 3.0)
-        sandbox, _ = await core.manager.get_or_create("k", lambda: config(ttl=1))
+        sandbox, _ = await core.obtain("k", lambda: config(ttl=1))
         core.clock.added_seconds = 2
         await core.housekeeping.reap()
         assert sandbox.status == "running"
@@ -302,7 +302,7 @@ async def test_only_the_holder_of_the_lease_reaps(open_core):
 
 async def test_the_sweep_removes_orphans_and_nothing_else(open_core, isolation):
     async with open_core() as core:
-        sandbox, _ = await core.manager.get_or_create("k", config)
+        sandbox, _ = await core.obtain("k", config)
         isolation.workloads["orphan"] = isolation.workloads[sandbox.id]
         await core.volumes.allocate("lost", 7)
         await core.housekeeping.sweep()
@@ -314,9 +314,9 @@ async def test_the_sweep_removes_orphans_and_nothing_else(open_core, isolation):
 async def test_the_maximum_of_sandboxes(open_core):
     async with open_core() as core:
         for number in range(20):
-            await core.manager.get_or_create(f"k{number}", config)
+            await core.obtain(f"k{number}", config)
         with pytest.raises(ConflictError, match="max_sandboxes"):
-            await core.manager.get_or_create("one-too-many", config)
+            await core.obtain("one-too-many", config)
 
 
 def _echo():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hiver_storage.local import LocalFileSystem, resolve_origin
+from hiver_storage.local import LocalFileSystem
 from hiverd.contracts.errors import InvalidError
 
 
@@ -112,34 +112,3 @@ def test_malformed_configurations(config: dict[str, object], field: str) -> None
     with pytest.raises(InvalidError) as refused:
         LocalFileSystem(config)
     assert refused.value.field == field
-
-
-def test_origins_below_a_root(folder: Path) -> None:
-    parent = folder.parent
-    (folder / "sub").mkdir()
-    assert resolve_origin(str(folder), [folder], parent) == folder
-    assert resolve_origin(str(folder / "sub"), [folder], parent) == folder / "sub"
-    assert resolve_origin("shared/sub", [folder], parent) == folder / "sub"
-    assert resolve_origin("./shared/../shared/sub", [folder], parent) == folder / "sub"
-
-
-@pytest.mark.parametrize(
-    "origin", ["/", "/etc", "outside", "shared/../outside", "shared/link", "..", "shared/none", ""]
-)
-def test_other_origins_are_refused(folder: Path, origin: str) -> None:
-    (folder / "link").symlink_to("../outside")
-    with pytest.raises(InvalidError) as refused:
-        resolve_origin(origin, [folder], folder.parent)
-    assert refused.value.field == "origin"
-    assert str(folder) not in refused.value.message
-
-
-def test_a_sibling_with_the_roots_name_as_a_prefix_is_refused(folder: Path) -> None:
-    (folder.parent / "shared-not").mkdir()
-    with pytest.raises(InvalidError):
-        resolve_origin("shared-not", [folder], folder.parent)
-
-
-def test_without_roots_everything_is_refused(folder: Path) -> None:
-    with pytest.raises(InvalidError):
-        resolve_origin(str(folder), [], folder)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hiverd.wire.changes import Defaults
 from hiverd.wire.config import (
     REDACTED,
     AclRule,
@@ -130,6 +131,15 @@ def test_the_same_values_in_other_words_raise_no_warning() -> None:
     assert merge_immutables(same, current) == (same, [])
     hosts = ["a:::1", "b:1.2.3.4"]
     assert merge_immutables(config_of(extra_hosts=hosts), config_of(extra_hosts=["b:1.2.3.4", "a:[::1]"]))[1] == []
+
+
+def test_the_operators_defaults_in_other_words_raise_no_warning() -> None:
+    defaults = Defaults(image="python:3", cpu=4, memory_mib=2048)
+    current = SandboxConfig()
+    for same in (config_of(cpu=4, memory=2048, image="python:3"), config_of(image="agent-base")):
+        assert merge_immutables(current, same, defaults=defaults) == (current, [])
+    built_in = config_of(cpu=1, memory=512)
+    assert len(merge_immutables(current, built_in, defaults=defaults)[1]) == 2
 
 
 def test_what_a_request_leaves_out_is_kept_silently() -> None:
