@@ -148,6 +148,7 @@ class Services:
             specs=SpecBuilder(
                 defaults,
                 self.planner,
+                settings.images,
             ),
             entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
             clock=self.clock,

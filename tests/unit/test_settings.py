@@ -8,6 +8,7 @@ import pytest
 
 from hiverd.settings import Settings, SettingsError, load_settings
 from hiverd.settings.load import environment_names
+from hiverd.settings.model import ImageAlias
 from hiverd.settings.reference import sections, toml_value
 
 
@@ -118,6 +119,14 @@ def test_images_are_merged_name_by_name(tmp_path: Path) -> None:
     assert load_settings(environ={"HIVER_IMAGES_AGENT_BASE": "x"}).image_aliases["agent-base"] == "x"
 
 
+def test_an_image_may_carry_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, '[images.python]\nimage = "p:3"\ntty = true\nentrypoint = ["python3", "-i"]\n')
+    settings = load_settings(path, environ={"HIVER_IMAGES_NODE": '{"image": "n:24", "env": {"A": "b"}}'})
+    assert settings.images["python"] == ImageAlias(image="p:3", tty=True, entrypoint=("python3", "-i"))
+    assert settings.images["node"] == ImageAlias(image="n:24", env={"A": "b"})
+    assert settings.image_aliases["python"] == "p:3"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -131,7 +140,9 @@ def test_images_are_merged_name_by_name(tmp_path: Path) -> None:
         ("[server]\ndata_dir = 3", "server.data_dir: expected a path, got a number"),
         ("[server]\nport = nan", "server.port: expected an integer, got nan"),
         ("[proxy]\ndial_hold_seconds = inf", "proxy.dial_hold_seconds: must be a finite number"),
-        ("[images]\nx = 1", "images.x: expected a string, got a number"),
+        ("[images]\nx = 1", "images.x: expected an object, got a number"),
+        ("[images]\nx = { tty = true }", "images.x.image is required"),
+        ('[images]\nx = { image = "host", ttty = true }', "images.x.ttty"),
         ("server = 3", "server: expected an object, got a number"),
         ("[server", "is not valid TOML"),
     ],

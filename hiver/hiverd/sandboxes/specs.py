@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
+
+import msgspec
 
 from hiverd.contracts.isolation import Image, WorkloadSpec
 from hiverd.sandboxes.mounts import MountPlanner
@@ -31,16 +34,34 @@ class SpecDefaults(Defaults, frozen=True, kw_only=True):
     pids_max: int
 
 
+class ImageDefaults(Protocol):
+    """What an image's short name gives to a configuration that does not say (PROTOCOL 0.19)."""
+
+    @property
+    def entrypoint(self) -> tuple[str, ...] | None: ...
+    @property
+    def cwd(self) -> str | None: ...
+    @property
+    def tty(self) -> bool | None: ...
+    @property
+    def env(self) -> Mapping[str, str]: ...
+
+
 class SpecBuilder:
-    def __init__(self, defaults: SpecDefaults, mounts: MountPlanner) -> None:
+    def __init__(
+        self, defaults: SpecDefaults, mounts: MountPlanner, image_defaults: Mapping[str, ImageDefaults] | None = None
+    ) -> None:
+        """`image_defaults`: by the name that a configuration gives."""
         self._defaults = defaults
         self._mounts = mounts
+        self._image_defaults = image_defaults or {}
 
     def image_name(self, config: SandboxConfig) -> str:
         """The image in effect: the client's default name stands for the configured default (PROTOCOL 0.19)."""
         return effective_image(config, None, self._defaults.image)
 
     async def build(self, sandbox: Sandbox, image: Image, volume: Path) -> WorkloadSpec:
+        image = self._with_alias_defaults(image, self.image_name(sandbox.config))
         config = sandbox.config
         mounts = [
             await asyncio.to_thread(self._mounts.prepare, planned, volume) for planned in self._mounts.plan(config)
@@ -63,6 +84,20 @@ class SpecBuilder:
             env={**image.env, **(config.env or {})},
             extra_hosts=tuple((name, _address(address)) for name, address in effective_extra_hosts(config)),
             mounts=tuple(mounts),
+        )
+
+    def _with_alias_defaults(self, image: Image, name: str) -> Image:
+        """An alias speaks for its image: its words replace the image's own, and a configuration's replace both."""
+        alias = self._image_defaults.get(name)
+        if alias is None:
+            return image
+        return msgspec.structs.replace(
+            image,
+            entrypoint=image.entrypoint if alias.entrypoint is None else alias.entrypoint,
+            cmd=image.cmd if alias.entrypoint is None else (),
+            cwd=alias.cwd or image.cwd,
+            tty=image.tty if alias.tty is None else alias.tty,
+            env={**image.env, **alias.env},
         )
 
 

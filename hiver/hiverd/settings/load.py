@@ -46,7 +46,7 @@ def load_settings(
     environ = os.environ if environ is None else environ
     if path is None and environ.get(CONFIG_VARIABLE):
         path = Path(environ[CONFIG_VARIABLE])
-    merged: Document = {"images": dict(Settings().images)}
+    merged: Document = {"images": {name: {"image": alias.image} for name, alias in Settings().images.items()}}
     for layer in (_read_file(path), _read_environment(environ), _read_overrides(overrides or {})):
         for section, table in layer.items():
             merged.setdefault(section, {}).update(table)
@@ -62,8 +62,18 @@ def _read_file(path: Path | None) -> Document:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: is not valid TOML: {error}") from error
+    document = _spelled_out(document)
     _check(str(path), document)
     return document
+
+
+def _spelled_out(document: Document) -> Document:
+    """Image aliases in their long form: a string is the image alone."""
+    images = document.get("images")
+    if not isinstance(images, dict):
+        return document
+    long = {name: {"image": alias} if isinstance(alias, str) else alias for name, alias in images.items()}
+    return {**document, "images": long}
 
 
 def _check(source: str, document: Mapping[str, Any]) -> None:
@@ -128,6 +138,7 @@ def _read_variable(variable: str, text: str) -> Document:
         layer = {section: {key: _setting_value(variable, text, section, key)}}
     else:
         layer = _read_table_variable(variable, text)
+    layer = _spelled_out(layer)
     _check(variable, layer)
     return layer
 
@@ -152,7 +163,9 @@ def _read_table_variable(variable: str, text: str) -> Document:
             return {section: _as_object(variable, text)}
         if name.startswith(f"{section}_"):
             key = name.removeprefix(f"{section}_")
-            return {section: {key.replace("_", "-"): text} if section == "images" else {key: _guess(text)}}
+            if section == "images":
+                return {section: {key.replace("_", "-"): _as_object(variable, text) if text[:1] == "{" else text}}
+            return {section: {key: _guess(text)}}
     known = [*environment_names(), *(f"{PREFIX}{section}".upper() for section in tables)]
     raise SettingsError(f"{variable}: unknown setting, {_nearest_variable(variable, known)}")
 

@@ -201,6 +201,19 @@ class ProxySettings(Struct, frozen=True, kw_only=True):
     ] = 60.0
 
 
+class ImageAlias(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An image under a short name, with defaults for what a configuration leaves out (PROTOCOL 0.19).
+
+    In files and variables a mere string stands for `{ image = "..." }`.
+    """
+
+    image: str
+    entrypoint: tuple[str, ...] | None = None
+    cwd: str | None = None
+    tty: bool | None = None
+    env: dict[str, str] = {}
+
+
 class Settings(Struct, frozen=True, kw_only=True):
     """All settings. Tables of plug-ins are passed on as they are: the plug-in checks them."""
 
@@ -212,13 +225,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     egress: EgressSettings = EgressSettings()
     proxy: ProxySettings = ProxySettings()
     images: Annotated[
-        dict[str, str],
+        dict[str, ImageAlias],
         Meta(
             description="Short names for images. A name of the client documentation such as hiversh/python:3.13-alpine "
             'is pulled from its registry unless it is given here: "hiversh/python:3.13-alpine" = "host" runs it where '
-            "nothing can be pulled. agent-base is default_image of [sandbox] unless it is given here."
+            "nothing can be pulled. agent-base is default_image of [sandbox] unless it is given here. "
+            "An entry may carry defaults for what a configuration leaves out: "
+            'python = { image = "host", entrypoint = ["python3"], cwd = "/workspace", tty = true, env = { A = "b" } }.'
         ),
-    ] = field(default_factory=lambda: {"python": "host", "node": "host"})
+    ] = field(default_factory=lambda: {name: ImageAlias(image="host") for name in ("python", "node")})
     oci: Annotated[dict[str, Any], Meta(description="Options of the isolation plug-in oci.")] = {}
     docker: Annotated[dict[str, Any], Meta(description="Options of the isolation plug-in docker.")] = {}
     microvm: Annotated[dict[str, Any], Meta(description="Options of the isolation plug-in microvm.")] = {}
@@ -226,7 +241,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def image_aliases(self) -> dict[str, str]:
         """All short names of images, `agent-base` (what clients ask for by default) included."""
-        return {"agent-base": self.sandbox.default_image, **self.images}
+        return {"agent-base": self.sandbox.default_image} | {name: alias.image for name, alias in self.images.items()}
 
     def options_of(self, plugin: str) -> dict[str, Any]:
         """The table of an isolation plug-in; empty for one that has none here."""

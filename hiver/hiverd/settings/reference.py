@@ -14,7 +14,7 @@ from typing import Any, Final
 from msgspec import Struct, inspect
 
 from hiverd.settings.load import CONFIG_VARIABLE, environment_names
-from hiverd.settings.model import Settings
+from hiverd.settings.model import ImageAlias, Settings
 
 _WIDTH: Final = 118
 
@@ -93,6 +93,8 @@ def toml_value(value: Any) -> str:
         return str(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, ImageAlias):
+        return json.dumps(value.image)
     return json.dumps(str(value))
 
 
