@@ -34,6 +34,7 @@ from hiverd.api.parsers import ParserWatch
 from hiverd.api.running import RunningController, provide_any_sandbox, provide_sandbox
 from hiverd.api.sandboxes import ControllerRoutes, CreateController, PodController, pod_events
 from hiverd.api.streams import close_all_streams
+from hiverd.api.transfers import DirectProtocol
 from hiverd.clock import SystemClock
 from hiverd.contracts.errors import HiverError, UnavailableError
 from hiverd.contracts.isolation import BackendContext, Isolation
@@ -314,7 +315,7 @@ async def _serve(settings: Settings) -> int:
                 build_asgi(services),
                 host=settings.server.host,
                 port=settings.server.port,
-                http="httptools",
+                http=DirectProtocol,
                 ws="wsproto",
                 interface="asgi3",
                 lifespan="off",

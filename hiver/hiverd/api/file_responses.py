@@ -11,6 +11,7 @@ import msgspec
 from litestar.response.base import ASGIResponse
 from litestar.types import HTTPReceiveMessage, HTTPResponseBodyEvent, Receive, Scope, Send
 
+from hiverd.api.transfers import WORTHWHILE_BYTES, takeover_of
 from hiverd.contracts.errors import HiverError
 from hiverd.files.access import DirectoryEntry, Download
 from hiverd.files.paths import content_disposition
@@ -68,18 +69,28 @@ class FileDownload(ASGIResponse):
         watch = _Watch(receive)
         try:
             await self.start_response(send)
-            async with aclosing(self._download.pieces()) as pieces:
-                async for piece in pieces:
-                    if watch.gone:
-                        self._download.close("the client left")
-                        return
-                    await send(_body(piece, more=True))
+            if not await self._sent_directly(scope):
+                async with aclosing(self._download.pieces()) as pieces:
+                    async for piece in pieces:
+                        if watch.gone:
+                            self._download.close("the client left")
+                            return
+                        await send(_body(piece, more=True))
             await send(_body(b"", more=False))
         except (EOFError, HiverError):
             return
         finally:
             watch.stop()
             self._download.close("interrupted")
+
+    async def _sent_directly(self, scope: Scope) -> bool:
+        takeover = takeover_of(scope)
+        if takeover is None or self._download.size < WORTHWHILE_BYTES:
+            return False
+        async with takeover.response() as outgoing:
+            if outgoing is not None:
+                await self._download.send(outgoing)
+        return outgoing is not None
 
 
 class DirectoryListing(ASGIResponse):

@@ -16,6 +16,7 @@ from hiverd.api.documents import FileOperation, bytes_body, describe
 from hiverd.api.file_responses import DirectoryListing, FileDownload
 from hiverd.api.file_uploads import UploadForm, body_of
 from hiverd.api.injected import AnyRequest, TheFiles, TheSandbox
+from hiverd.api.transfers import body_length, takeover_of
 from hiverd.contracts.errors import InvalidError
 from hiverd.files.access import DirectoryEntry, Written
 from hiverd.files.paths import path_from_url, query_value
@@ -103,7 +104,12 @@ class FilesController(Controller):
     )
     async def write(self, request: AnyRequest, sandbox: TheSandbox, files: TheFiles) -> Written:
         """Makes missing parents; replaces an existing file when everything has arrived."""
-        return await files.write(sandbox, _path_in_url(request), body_of(request))
+        path = _path_in_url(request)
+        takeover, length = takeover_of(request.scope), body_length(request.scope)
+        if takeover is None or length is None:
+            return await files.write(sandbox, path, body_of(request))
+        async with takeover.body(length) as incoming:
+            return await files.write(sandbox, path, body_of(request) if incoming is None else incoming)
 
     @post("/file", status_code=HTTP_200_OK, summary="Write a file, for clients up to 0.1.23", responses=_WRITING)
     async def write_form(self, request: AnyRequest, sandbox: TheSandbox, files: TheFiles) -> Written:

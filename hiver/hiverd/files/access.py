@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from itertools import islice
 from typing import Final, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from msgspec import Struct
 from hiverd.contracts.errors import HiverError, InvalidError
 from hiverd.contracts.isolation import Workload
 from hiverd.files import linux, rooted, staged
+from hiverd.files.direct import Incoming, Outgoing, Pipe, Progress
 from hiverd.files.failures import failure
 from hiverd.files.paths import clean, mount_of, names_below, shown
 from hiverd.files.threads import FileThreads, Guarded
@@ -150,15 +151,46 @@ class Download:
             yield data
         self.close()
 
+    async def send(self, outgoing: Outgoing) -> None:
+        """As `pieces`, straight into a socket. Raises `UnavailableError` too, when the peer has left."""
+        while outgoing.sent < self.size:
+            position, left = self._span.start + outgoing.sent, self.size - outgoing.sent
+            progress = await self._send_some(outgoing, position, left)
+            if progress == "ended":
+                self.close("the file was cut short while it was read")
+                raise EOFError(shown(self.path))
+            self._sandbox.touch()
+            if progress == "blocked":
+                await outgoing.writable()
+        self.close()
+
+    async def _send_some(self, outgoing: Outgoing, position: int, left: int) -> Progress:
+        async def run(function: Callable[[], Progress]) -> Progress:
+            return await self._threads.run(self._sandbox_id, function)
+
+        def give(socket_fd: int) -> Progress:
+            return self._file.use(lambda file: outgoing.give(socket_fd, file.fd, position, left))
+
+        with self._closing_on_error():
+            return await outgoing.visit(run, give)
+
     async def _read(self, size: int, position: int) -> bytes:
-        try:
+        with self._closing_on_error():
             return await self._threads.run(
                 self._sandbox_id, lambda: self._file.use(lambda file: os.pread(file.fd, size, position))
             )
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             problem = failure(error, self.path, reading=True)
             self.close(problem.message)
             raise problem from error
+        except HiverError as error:
+            self.close(error.message)
+            raise
 
     def close(self, error: str | None = None) -> None:
         """Idempotent. `error` goes into the event."""
@@ -197,7 +229,7 @@ class FileAccess:
         span = range(offset, found.size)
         return Download(self._threads, sandbox, file=Guarded(found), path=path, span=span, report=report)
 
-    async def write(self, sandbox: Sandbox, path: bytes, content: AsyncIterator[bytes]) -> Written:
+    async def write(self, sandbox: Sandbox, path: bytes, content: AsyncIterator[bytes] | Incoming) -> Written:
         """Receives a file whole and puts it in place in one step; on any error and on cancellation nothing is left.
 
         Raises `InvalidError` for `/`, directories and special files, `ForbiddenError`, `NoSpaceError`.
@@ -277,9 +309,12 @@ class _Upload:
         self._file = Guarded(file)
         self._writing: asyncio.Task[None] | None = None
 
-    async def receive(self, content: AsyncIterator[bytes]) -> None:
+    async def receive(self, content: AsyncIterator[bytes] | Incoming) -> None:
         try:
-            await self._write_all(content)
+            if isinstance(content, Incoming):
+                await self._take_all(content)
+            else:
+                await self._write_all(content)
             # Closed before the answer goes out: a script still open for writing cannot be executed.
             await self._run(staged.StagedFile.finish)
         finally:
@@ -302,6 +337,26 @@ class _Upload:
         await self._written()
         if pending:
             await self._write(pending)
+
+    async def _take_all(self, incoming: Incoming) -> None:
+        await self._write([incoming.early])
+        pipe = Guarded(Pipe())
+
+        async def run(function: Callable[[], Progress]) -> Progress:
+            return await self._threads.run(self._sandbox_id, function)
+
+        def take(socket_fd: int) -> Progress:
+            return self._file.use(lambda file: pipe.use(lambda open_pipe: file.take(incoming, socket_fd, open_pipe)))
+
+        try:
+            progress: Progress = "more"
+            while progress != "ended":
+                if progress == "blocked":
+                    await incoming.readable()
+                progress = await incoming.visit(run, take)
+                self._sandbox.touch()
+        finally:
+            pipe.close()
 
     async def _written(self) -> None:
         """Waits for the piece that is being written, if there is one."""

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Final
 
 from hiverd.files import linux, rooted
+from hiverd.files.direct import Incoming, Pipe, Progress
 
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS})
 _COPY_BYTES: Final = 1 << 30
@@ -38,6 +39,14 @@ class StagedFile:
             self.size += written
             if written < wanted:
                 self._write_rest(b"".join(batch), written)
+
+    def take(self, incoming: Incoming, socket_fd: int, pipe: Pipe) -> Progress:
+        """Appends what has arrived of a body that is still in its socket."""
+        before = incoming.remaining
+        try:
+            return incoming.take(socket_fd, pipe, self._fd)
+        finally:
+            self.size += before - incoming.remaining
 
     def _write_rest(self, data: bytes, offset: int) -> None:
         view = memoryview(data)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 
+from hiverd.api.transfers import DirectProtocol
 from hiverd.app import Services, build_asgi
 from hiverd.settings import load_settings
 from hiverd.testing.fakes import FakeIsolation
@@ -49,7 +50,13 @@ async def server(tmp_path: Path) -> AsyncIterator[Running]:
     services = Services(settings, FakeIsolation)
     await services.start()
     config = uvicorn.Config(
-        build_asgi(services), port=0, http="httptools", ws="wsproto", lifespan="off", log_config=None, access_log=False
+        build_asgi(services),
+        port=0,
+        http=DirectProtocol,
+        ws="wsproto",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
     )
     web = uvicorn.Server(config)
     serving = asyncio.create_task(web.serve())
