@@ -7,22 +7,15 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
 
 import pytest
 import uvloop
 
 from hiverd import netns
 from hiverd.netns import SocketFactory, ThreadSocketFactory
-from unit.gateway.harness import eventually, network_namespace, open_descriptors
+from support.gateway import eventually, open_descriptors
 
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
-    with network_namespace() as path:
-        yield path
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hiverd.gateway import capture
 from hiverd.gateway.capture import IngressRecorder
 from hiverd.http.responses import Headers
 from hiverd.wire.events import Event, IngressChunkEvent, IngressRequestEvent, IngressResponseEvent
-from unit.gateway.harness import RecordedEvents
+from support.gateway import RecordedEvents
 
 JSON: Headers = [(b"content-type", b"application/json; charset=utf-8")]
 PNG: Headers = [(b"content-type", b"image/png")]

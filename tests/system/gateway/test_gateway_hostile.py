@@ -5,37 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
 
 import h11
 import psutil
 import pytest
 
 from hiverd.wire.events import IngressRequestEvent, IngressResponseEvent
-from unit.gateway.harness import Front, RecordedEvents, Target, network_namespace, read_request, upstream
+from support.gateway import Front, read_request, upstream
 
 pytestmark = pytest.mark.system
 
 SMUGGLED = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nstolen!"
-
-
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
-    with network_namespace() as path:
-        yield path
-
-
-@pytest.fixture(scope="module")
-def shared_front(namespace: str) -> Iterator[Front]:
-    with Front(Target(namespace), refused_patience_seconds=1.0) as front:
-        yield front
-
-
-@pytest.fixture
-def front(shared_front: Front) -> Front:
-    shared_front.target.events = RecordedEvents()
-    shared_front.call(shared_front.gateway.forget, "sandbox-1")
-    return shared_front
 
 
 async def ask(front: Front, port: int, method: str) -> tuple[int | None, bytes]:

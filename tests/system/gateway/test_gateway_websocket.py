@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -18,27 +18,9 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from hiverd.netns import ThreadSocketFactory
 from hiverd.wire.events import Event, IngressChunkEvent, IngressRequestEvent, IngressResponseEvent
-from unit.gateway.harness import Front, RecordedEvents, Target, answering, eventually, network_namespace, upstream
+from support.gateway import Front, RecordedEvents, Target, answering, eventually, upstream
 
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
-    with network_namespace() as path:
-        yield path
-
-
-@pytest.fixture(scope="module")
-def shared_front(namespace: str) -> Iterator[Front]:
-    with Front(Target(namespace), refused_patience_seconds=0.3) as front:
-        yield front
-
-
-@pytest.fixture
-def front(shared_front: Front) -> Front:
-    shared_front.target.events = RecordedEvents()
-    return shared_front
 
 
 def url(front: Front, port: int, rest: str = "/") -> str:

@@ -231,3 +231,26 @@ async def eventually(condition: Callable[[], bool], what: str, *, within_seconds
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def url(front: Front, port: int | str, rest: str = "/") -> str:
+    return f"http://127.0.0.1:{front.port}/proxy/{port}{rest}"
+
+
+async def raw_exchange(front: Front, request: bytes) -> bytes:
+    """Sends bytes to the gateway's server; everything that comes back until it closes."""
+    async with connected(front) as (reader, writer):
+        writer.write(request)
+        return await asyncio.wait_for(reader.read(), 20)
+
+
+@contextlib.asynccontextmanager
+async def connected(front: Front) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to the gateway's server."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
