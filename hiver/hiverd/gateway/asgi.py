@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from hiverd.contracts.isolation import Workload
-from hiverd.http.responses import Headers
+from hiverd.http.framing import Headers
 from hiverd.wire.events import EventSink
 
 Scope = MutableMapping[str, Any]

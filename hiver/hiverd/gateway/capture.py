@@ -17,8 +17,8 @@ import time
 from typing import Final, Literal
 
 from hiverd.http.bodies import is_text
+from hiverd.http.framing import Headers
 from hiverd.http.headers import joined
-from hiverd.http.responses import Headers
 from hiverd.wire.events import EventSink, IngressChunkEvent, IngressRequestEvent, IngressResponseEvent
 
 MAX_BODY_BYTES: Final = 512 * 1024

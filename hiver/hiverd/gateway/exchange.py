@@ -11,8 +11,9 @@ from hiverd.gateway.capture import BODY_PATIENCE_SECONDS, IngressRecorder
 from hiverd.gateway.pool import DialError, NothingListensError, Pool
 from hiverd.gateway.uplink import Uplink
 from hiverd.http.connection import Connection, UpstreamError
+from hiverd.http.framing import Headers
 from hiverd.http.headers import end_to_end, field_block, forwarded
-from hiverd.http.responses import Headers, ResponseHead
+from hiverd.http.responses import ResponseHead
 
 WATCH_AFTER_SECONDS: Final = 0.02
 """A request that is answered sooner needs no task that watches for the client's leaving."""

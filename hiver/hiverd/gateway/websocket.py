@@ -21,8 +21,9 @@ from hiverd.gateway.capture import IngressRecorder
 from hiverd.gateway.exchange import ClientGoneError, Route, dial_while_wanted
 from hiverd.gateway.pool import DialError
 from hiverd.http.connection import Connection, UpstreamError
+from hiverd.http.framing import Headers, connection_tokens
 from hiverd.http.headers import end_to_end, field_block, forwarded
-from hiverd.http.responses import Headers, ResponseHead, connection_tokens
+from hiverd.http.responses import ResponseHead
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 CLOSE_PATIENCE_SECONDS: Final = 5.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from hiverd.http.responses import Headers
+from hiverd.http.framing import Headers
 
 _TEXT_SUBTYPES: Final = frozenset(
     (

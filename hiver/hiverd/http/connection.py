@@ -12,7 +12,8 @@ import socket
 import threading
 from typing import Final, cast
 
-from hiverd.http.responses import ProtocolError, ResponseHead, ResponseParser
+from hiverd.http.framing import ProtocolError
+from hiverd.http.responses import ResponseHead, ResponseParser
 
 READ_BYTES: Final = 64 * 1024
 """Taken from the peer at a time, and to be consumed before more is read: so a peer that sends what is costly to parse,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
-from hiverd.http.responses import Headers, connection_tokens
+from hiverd.http.framing import Headers, connection_tokens
 
 HOP_BY_HOP: Final = frozenset(
     (

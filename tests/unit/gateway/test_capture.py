@@ -6,7 +6,7 @@ from typing import Any
 
 from hiverd.gateway import capture
 from hiverd.gateway.capture import IngressRecorder
-from hiverd.http.responses import Headers
+from hiverd.http.framing import Headers
 from hiverd.wire.events import Event, IngressChunkEvent, IngressRequestEvent, IngressResponseEvent
 from support.gateway import RecordedEvents
 

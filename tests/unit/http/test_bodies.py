@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hiverd.http.bodies import is_text
-from hiverd.http.responses import Headers
+from hiverd.http.framing import Headers
 
 JSON: Headers = [(b"content-type", b"application/json; charset=utf-8")]
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiverd.http import responses
-from hiverd.http.responses import ProtocolError, ResponseParser
+from hiverd.http.framing import ProtocolError
+from hiverd.http.responses import ResponseParser
 
 
 class Collecting(ResponseParser):
