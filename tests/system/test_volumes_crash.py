@@ -117,4 +117,5 @@ async def test_nothing_is_lost_and_nothing_is_left(tmp_path: Path) -> None:
         await asyncio.sleep(0.05)
     assert attached_below(base) == []
     assert mounted_below(base) == []
-    assert sorted(path.name for path in base.rglob("*")) == ["images", "live", "owners", f"template-{DISK_BYTES}.img"]
+    template = f"template-{ext4.TEMPLATE_VERSION}-{DISK_BYTES}.img"
+    assert sorted(path.name for path in base.rglob("*")) == ["images", "live", "owners", template]

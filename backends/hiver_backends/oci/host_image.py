@@ -10,6 +10,7 @@ operator who keeps private tools there can hide it. Blocking calls.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -83,11 +84,15 @@ class HostImage:
 
     def layers(self) -> tuple[tuple[Path, str], ...]:
         """The skeleton, and the host's folders that are shown read-only on top of it."""
-        layers = [(self._root, ""), (Path("/usr"), "usr")]
-        layers += [(Path("/", name), name) for name in _TOP_LEVEL if _is_plain_folder(Path("/", name))]
+        layers = [(self._root, ""), (Path("/usr"), "usr"), *self._top_level]
         if not self._usr_local and Path("/usr/local").is_dir():
             layers.append((self._folder / "empty-local", "usr/local"))
         return tuple(layers)
+
+    @functools.cached_property
+    def _top_level(self) -> list[tuple[Path, str]]:
+        """Looked up once: a machine is not turned into a merged-/usr one under a running server."""
+        return [(Path("/", name), name) for name in _TOP_LEVEL if _is_plain_folder(Path("/", name))]
 
     def prepare(self, progress: Progress) -> None:
         """Makes the skeleton if there is none that fits. Whole or not at all."""

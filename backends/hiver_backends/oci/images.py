@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -18,6 +19,8 @@ from .settings import Settings
 from .store import ImageStore
 
 _MAX_ALIAS_DEPTH: Final = 8
+_HOST_FRESH_SECONDS: Final = 1.0
+"""How long a look at this machine's /etc serves the sandboxes that follow: it takes some 150 system calls."""
 
 
 class Images:
@@ -32,6 +35,7 @@ class Images:
         self._host = host_image.HostImage(folder / "host", usr_local=settings.host_usr_local)
         self._store = ImageStore(folder / "store", settings, children, pool)
         self._host_lock = asyncio.Lock()
+        self._host_fresh_until_monotonic = 0.0
 
     def prepare(self) -> None:
         """Makes the folders. Blocking."""
@@ -64,7 +68,10 @@ class Images:
 
     async def _resolve_host(self, progress: Progress) -> Image:
         async with self._host_lock:
-            await asyncio.get_running_loop().run_in_executor(self._pool, self._host.prepare, progress)
+            began_monotonic = time.monotonic()
+            if began_monotonic >= self._host_fresh_until_monotonic:
+                await asyncio.get_running_loop().run_in_executor(self._pool, self._host.prepare, progress)
+                self._host_fresh_until_monotonic = began_monotonic + _HOST_FRESH_SECONDS
         return Image(reference="host", handle="host", cwd="/root")
 
     def _dealias(self, name: str) -> tuple[str, bool]:

@@ -121,8 +121,5 @@ def seed_etc(image: Path, upper: Path, files: Mapping[str, str], host_id: int) -
     (upper / "etc").chmod(stat.S_IMODE(status.st_mode))
     os.chown(upper / "etc", host_id + status.st_uid, host_id + status.st_gid)
     for name, content in files.items():
-        path = upper / "etc" / name
-        path.write_text(content)
-        path.chmod(0o644)
-        os.chown(path, host_id, host_id)
+        syscalls.write_new_file(f"{upper}/etc/{name}", content.encode(), mode=0o644, owner=host_id)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -23,6 +24,7 @@ class ProcessStat(NamedTuple):
     start_ticks: int
 
 
+@functools.cache
 def boot_id() -> str:
     """Changes with every boot of the kernel; start times compare only within one."""
     return _BOOT_ID_FILE.read_text().strip()

@@ -165,9 +165,8 @@ class OciIsolation(Isolation):
             seccomp=self._seccomp,
             tty_session=spec.tty and bool(spec.argv),
         )
-        descriptor = os.open(places.run / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(bundle.configuration(spec, layout)))
+        document = msgspec.json.encode(bundle.configuration(spec, layout))
+        syscalls.write_new_file(str(places.run / "config.json"), document, mode=0o600)
 
     def _take_over(self, places: Places, pid: int, host_id: int | None) -> tuple[Identity, int]:
         """Once the runtime has made the container: what the host no longer needs goes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 from typing import Final
 
@@ -25,6 +26,9 @@ AT_RECURSIVE: Final = 0x8000
 
 CLONE_FS: Final = 0x200
 CLONE_NEWNS: Final = 0x20000
+CLONE_NEWUSER: Final = 0x10000000
+_CLONE_VM: Final = 0x100
+_STACK_BYTES: Final = 16384
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
@@ -114,6 +118,24 @@ def openat2(directory: int, path: str, flags: int, *, resolve: int = RESOLVE_IN_
     return _check(result, f"openat2 {path}")
 
 
+def write_new_file(path: str, content: bytes, *, mode: int, owner: int | None = None) -> None:
+    """A new file of exactly that mode, owned by user and group `owner`. Raises `FileExistsError`.
+
+    Half the system calls of Python's file objects, and each is a fight for the GIL while many sandboxes are made.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode & 0o700)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        if owner is not None:
+            os.fchown(descriptor, owner, owner)
+        if mode & 0o077:
+            os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+
+
 def setns(descriptor: int, kind: int) -> None:
     """setns(2), for the calling thread only."""
     _check(_libc.setns(descriptor, kind), "setns")
@@ -122,6 +144,29 @@ def setns(descriptor: int, kind: int) -> None:
 def unshare(flags: int) -> None:
     """unshare(2), for the calling thread only."""
     _check(_libc.unshare(flags), "unshare")
+
+
+def clone_ended(flags: int) -> int:
+    """clone(2) of a child that is made with `flags` (CLONE_NEW*) and ends at once: the pid of a zombie, which the
+    caller reaps. What is left of it still names the namespaces that outlive their last process, such as its user
+    namespace.
+
+    It costs a tenth of a millisecond, since the child shares our memory instead of copying its page tables and runs
+    no program. All that it ever runs is libc's `_exit`, on a stack of its own and with every signal blocked, so that
+    it cannot reach Python's state.
+    """
+    stack = ctypes.create_string_buffer(_STACK_BYTES)
+    top = (ctypes.addressof(stack) + _STACK_BYTES) & ~0xF
+    entry = ctypes.cast(_libc._exit, ctypes.c_void_p)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        result = _libc.clone(entry, ctypes.c_void_p(top), flags | _CLONE_VM | signal.SIGCHLD, ctypes.c_void_p(0))
+        pid = _check(result, "clone")
+        # The stack is ours to free only once the child no longer runs on it.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
 
 
 def set_child_subreaper(enabled: bool) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from . import syscalls
 
 SUBORDINATE_IDS: Final = 65536
 """Ids in one sandbox's range."""
@@ -81,19 +82,13 @@ class UserNamespaces:
 
 
 def _make(ids: IdMap) -> int:
-    # A threaded process may not unshare its own user namespace, so a short-lived child does. `cat` answers the byte
-    # only once `unshare` has entered the new namespace.
-    with subprocess.Popen(
-        ["unshare", "--user", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018 -- asked for just above
-        try:
-            child.stdin.write(b"\n")
-            if child.stdout.read(1) != b"\n":
-                raise OSError("this kernel does not let us make a user namespace")
-            process = Path("/proc", str(child.pid))
-            (process / "uid_map").write_text(f"{ids.uid} {ids.host_uid} {ids.length}\n")
-            (process / "gid_map").write_text(f"{ids.gid} {ids.host_gid} {ids.length}\n")
-            return os.open(process / "ns" / "user", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            child.kill()
+    # A threaded process may not unshare its own user namespace, so a child makes one: it ends at once, and the
+    # namespace is taken from what is left of it until it is reaped.
+    pid = syscalls.clone_ended(syscalls.CLONE_NEWUSER)
+    try:
+        process = Path("/proc", str(pid))
+        (process / "uid_map").write_text(f"{ids.uid} {ids.host_uid} {ids.length}\n")
+        (process / "gid_map").write_text(f"{ids.gid} {ids.host_gid} {ids.length}\n")
+        return os.open(process / "ns" / "user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.waitpid(pid, 0)

@@ -1,7 +1,8 @@
 """Sparse ext4 images: one is made by mkfs, all others are copies of it with a UUID of their own.
 
-Without a journal (a sandbox's disk need not survive a power cut) and with `metadata_csum_seed`, so that the UUID can
-change without rewriting every checksum. A copy costs 1 ms where mkfs costs 12.
+Without a journal (a sandbox's disk need not survive a power cut), without backup superblocks (a broken one is thrown
+away, not repaired) and with `metadata_csum_seed`, so that the UUID can change without rewriting every checksum. A copy
+costs half a millisecond where mkfs costs 12.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import shutil
 import struct
 import subprocess
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from hiverd.contracts.errors import UnavailableError
 
-_FEATURES: Final = "^has_journal,^resize_inode,metadata_csum,metadata_csum_seed"
+TEMPLATE_VERSION: Final = 2
+"""Raised with every change to what `make_template` makes."""
+_FEATURES: Final = "^has_journal,^resize_inode,metadata_csum,metadata_csum_seed,sparse_super2"
 _MKFS_SECONDS: Final = 60
 _SUPERBLOCK_OFFSET: Final = 1024
 _SUPERBLOCK_BYTES: Final = 1024
 _UUID_OFFSET: Final = 0x68
 _CHECKSUM_OFFSET: Final = 0x3FC
-_COPY_BYTES: Final = 1 << 30
+_PIECE_BYTES: Final = 1 << 16
 
 
 def mkfs_program() -> str | None:
@@ -44,7 +48,7 @@ def make_template(path: Path, size_bytes: int) -> None:
     finally:
         os.close(fd)
     argv = [program, "-q", "-F", "-b", "4096", "-m", "0", "-O", _FEATURES]
-    argv += ["-E", "lazy_itable_init=1,nodiscard", str(unfinished)]
+    argv += ["-E", "lazy_itable_init=1,nodiscard,num_backup_sb=0", str(unfinished)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=_MKFS_SECONDS, check=False)
     if done.returncode:
         unfinished.unlink(missing_ok=True)
@@ -52,40 +56,58 @@ def make_template(path: Path, size_bytes: int) -> None:
     unfinished.rename(path)
 
 
-def copy_template(template: Path, image: Path) -> None:
-    """Copies the written parts of an image to a new file and gives it a new UUID. Blocks."""
-    source = os.open(template, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        target = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+class Template(NamedTuple):
+    """An empty file system in memory: only a few dozen KiB of its image are not zero."""
+
+    size_bytes: int
+    pieces: tuple[tuple[int, bytes], ...]
+    """(offset, content) of the written parts; the superblock lies within the first."""
+
+    def copy_to(self, image: Path) -> None:
+        """Writes a new sparse image that differs in its UUID only. Blocks. `FileExistsError` if there is one."""
+        fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            size = os.fstat(source).st_size
-            os.ftruncate(target, size)
-            _copy_data(source, target, size)
-            os.pwrite(target, renamed_superblock(os.pread(target, _SUPERBLOCK_BYTES, _SUPERBLOCK_OFFSET)), 1024)
+            os.ftruncate(fd, self.size_bytes)
+            for offset, content in self.pieces:
+                _write_all(fd, content, offset)
+            block = renamed_superblock(self.pieces[0][1][_SUPERBLOCK_OFFSET:][:_SUPERBLOCK_BYTES])
+            _write_all(fd, block, _SUPERBLOCK_OFFSET)
         finally:
-            os.close(target)
-    finally:
-        os.close(source)
+            os.close(fd)
 
 
-def _copy_data(source: int, target: int, size: int) -> None:
+def read_template(path: Path) -> Template:
+    """Reads what `make_template` made. Blocks. `UnavailableError` if it is none."""
+    with path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        pieces = tuple(_written_parts(file.fileno(), size_bytes))
+    if not pieces or pieces[0][0] != 0 or len(pieces[0][1]) < _SUPERBLOCK_OFFSET + _SUPERBLOCK_BYTES:
+        raise UnavailableError(f"{path} holds no file system; remove it")
+    return Template(size_bytes, pieces)
+
+
+def _written_parts(fd: int, size_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Skips holes, and zeros where the host's file system does not tell about holes."""
     position = 0
-    while position < size:
+    while position < size_bytes:
         try:
-            start = os.lseek(source, position, os.SEEK_DATA)
+            start = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole follows
                 return
             raise
-        position = os.lseek(source, start, os.SEEK_HOLE)
-        os.lseek(source, start, os.SEEK_SET)
-        os.lseek(target, start, os.SEEK_SET)
-        remaining = position - start
-        while remaining:
-            copied = os.sendfile(target, source, None, min(remaining, _COPY_BYTES))
-            if not copied:
-                raise OSError(errno.EIO, "the template became shorter")
-            remaining -= copied
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        for offset in range(start, position, _PIECE_BYTES):
+            content = os.pread(fd, min(_PIECE_BYTES, position - offset), offset)
+            if content.strip(b"\0"):
+                yield offset, content
+
+
+def _write_all(fd: int, content: bytes, offset: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        count = os.pwrite(fd, rest, offset)
+        rest, offset = rest[count:], offset + count
 
 
 def renamed_superblock(superblock: bytes) -> bytes:

@@ -38,21 +38,25 @@ class VolumeStore:
         self._images = base / "images"
         self._live = base / "live"
         self._owners = base / "owners"
+        self._template: ext4.Template | None = None
 
     def prepare(self) -> None:
         """Makes the folders, and the template for images."""
         for folder in (self.base, self._images, self._live, self._owners):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
+        path = self._template_path
         for stale in self.base.glob("template-*"):
-            if stale != self._template:
+            if stale != path:
                 stale.unlink(missing_ok=True)
-        if self.kind == "loop" and not self._template.exists():
-            ext4.make_template(self._template, self._disk_bytes)
+        if self.kind == "loop":
+            if not path.exists():
+                ext4.make_template(path, self._disk_bytes)
+            self._loaded_template()
 
     @property
-    def _template(self) -> Path:
-        return self.base / f"template-{self._disk_bytes}.img"
+    def _template_path(self) -> Path:
+        return self.base / f"template-{ext4.TEMPLATE_VERSION}-{self._disk_bytes}.img"
 
     def build(self) -> str:
         """A new volume, mounted and empty but for its folders; its id. On an error nothing is left."""
@@ -62,7 +66,7 @@ class VolumeStore:
             folder.mkdir(mode=0o700)
             if self.kind == "loop":
                 image = self._image(volume_id)
-                ext4.copy_template(self._template, image)
+                self._loaded_template().copy_to(image)
                 loop.mount_new_image(image, folder)
                 with suppress(OSError):
                     (folder / "lost+found").rmdir()
@@ -73,6 +77,11 @@ class VolumeStore:
             self.discard(volume_id)
             raise
         return volume_id
+
+    def _loaded_template(self) -> ext4.Template:
+        if self._template is None:
+            self._template = ext4.read_template(self._template_path)
+        return self._template
 
     def discard(self, volume_id: str) -> None:
         """Removes a volume whatever is there of it. Idempotent; raises OSError if something stays."""

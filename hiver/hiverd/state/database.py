@@ -87,6 +87,12 @@ class Database:
                 raise
             await self._writer.execute("COMMIT")
 
+    async def execute(self, statement: str, parameters: tuple[object, ...]) -> int:
+        """One statement that is a transaction of its own; the number of rows it changed. Two trips to the writer's
+        thread fewer than `transaction`."""
+        async with self._write_lock:
+            return (await self._writer.execute(statement, parameters)).rowcount
+
     async def fetch(self, query: str, parameters: tuple[object, ...] = ()) -> list[aiosqlite.Row]:
         """All rows of a query outside any transaction."""
         return list(await self._reader.execute_fetchall(query, parameters))

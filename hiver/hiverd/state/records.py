@@ -74,45 +74,40 @@ class Records:
         ]
 
     async def insert(self, record: SandboxRecord) -> None:
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                "INSERT INTO sandboxes (id, key, slot, status, backend, config, created_at, last_activity_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    record.id,
-                    record.key,
-                    record.slot,
-                    record.status,
-                    record.backend,
-                    record.config,
-                    record.created_at,
-                    record.last_activity_at,
-                ),
-            )
+        await self._database.execute(
+            "INSERT INTO sandboxes (id, key, slot, status, backend, config, created_at, last_activity_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.id,
+                record.key,
+                record.slot,
+                record.status,
+                record.backend,
+                record.config,
+                record.created_at,
+                record.last_activity_at,
+            ),
+        )
 
     async def set_running(self, sandbox_id: str, spec: WorkloadSpec, state: Mapping[str, Any]) -> None:
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                "UPDATE sandboxes SET status = 'running', spec = ?, state = ? WHERE id = ?",
-                (_encode_spec(spec), msgspec.json.encode(state), sandbox_id),
-            )
+        await self._database.execute(
+            "UPDATE sandboxes SET status = 'running', spec = ?, state = ? WHERE id = ?",
+            (_encode_spec(spec), msgspec.json.encode(state), sandbox_id),
+        )
 
     async def set_stopping(self, sandbox_id: str) -> None:
-        async with self._database.transaction() as connection:
-            await connection.execute("UPDATE sandboxes SET status = 'stopping' WHERE id = ?", (sandbox_id,))
+        await self._database.execute("UPDATE sandboxes SET status = 'stopping' WHERE id = ?", (sandbox_id,))
 
     async def set_spec(self, sandbox_id: str, spec: WorkloadSpec) -> None:
         """Notes what a change is about to touch, before it does."""
-        async with self._database.transaction() as connection:
-            await connection.execute("UPDATE sandboxes SET spec = ? WHERE id = ?", (_encode_spec(spec), sandbox_id))
+        await self._database.execute("UPDATE sandboxes SET spec = ? WHERE id = ?", (_encode_spec(spec), sandbox_id))
 
     async def set_config(self, sandbox_id: str, config: bytes, spec: WorkloadSpec) -> None:
         """Commits an applied configuration."""
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                "UPDATE sandboxes SET config = ?, spec = ? WHERE id = ?",
-                (config, _encode_spec(spec), sandbox_id),
-            )
+        await self._database.execute(
+            "UPDATE sandboxes SET config = ?, spec = ? WHERE id = ?",
+            (config, _encode_spec(spec), sandbox_id),
+        )
 
     async def set_activity(self, last_activity_at: Mapping[str, float]) -> None:
         async with self._database.transaction() as connection:
@@ -129,15 +124,13 @@ class Records:
 
     async def take_lease(self, name: str, owner: str, now: float, seconds: float) -> bool:
         """Takes or renews a lease; False while another owner holds it."""
-        async with self._database.transaction() as connection:
-            cursor = await connection.execute(
-                "INSERT INTO leases (name, owner, expires_at) VALUES (?, ?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_at = excluded.expires_at"
-                " WHERE owner = excluded.owner OR expires_at <= ?",
-                (name, owner, now + seconds, now),
-            )
-            return cursor.rowcount > 0
+        changed = await self._database.execute(
+            "INSERT INTO leases (name, owner, expires_at) VALUES (?, ?, ?)"
+            " ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_at = excluded.expires_at"
+            " WHERE owner = excluded.owner OR expires_at <= ?",
+            (name, owner, now + seconds, now),
+        )
+        return changed > 0
 
     async def drop_lease(self, name: str, owner: str) -> None:
-        async with self._database.transaction() as connection:
-            await connection.execute("DELETE FROM leases WHERE name = ? AND owner = ?", (name, owner))
+        await self._database.execute("DELETE FROM leases WHERE name = ? AND owner = ?", (name, owner))
