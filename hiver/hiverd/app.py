@@ -1,298 +1,17 @@
-"""The composition root: builds everything, owns start and stop."""
+"""`hiver serve`: the composition root. It imports little, since what it imports delays the first answer."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hashlib
-import logging
-import os
-import shutil
-import signal
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Awaitable, Callable
 
-import uvicorn
 import uvloop
-from litestar import Litestar
-from litestar.di import Provide
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 
-from hiverd import __version__
-from hiverd.api.errors import handle_error
-from hiverd.api.events import EventsController
-from hiverd.api.execs import ExecController
-from hiverd.api.files import FilesController
-from hiverd.api.front import Front
-from hiverd.api.guard import BrowserGuard
-from hiverd.api.parsers import ParserWatch
-from hiverd.api.running import RunningController, provide_any_sandbox, provide_sandbox
-from hiverd.api.sandboxes import ControllerRoutes, CreateController, PodController, pod_events
-from hiverd.api.streams import close_all_streams
-from hiverd.api.transfers import DirectProtocol
-from hiverd.clock import SystemClock
 from hiverd.contracts.errors import HiverError, UnavailableError
-from hiverd.contracts.isolation import BackendContext, Isolation
-from hiverd.files.access import FileAccess
-from hiverd.files.volumes import Volumes
-from hiverd.gateway.gateway import Gateway
 from hiverd.logs import configure_logging
-from hiverd.netns import ThreadSocketFactory
-from hiverd.plugins import isolation_class
-from hiverd.sandboxes.apply import ConfigApplier
-from hiverd.sandboxes.entrypoints import Entrypoints
-from hiverd.sandboxes.execs import ExecLimits, Execs
-from hiverd.sandboxes.housekeeping import Housekeeping
-from hiverd.sandboxes.manager import Manager, ManagerLimits
-from hiverd.sandboxes.mounts import MountPlanner
-from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
-from hiverd.sandboxes.stdio import StdioLimits
-from hiverd.sandboxes.tasks import TaskGroup
+from hiverd.services import Services, say
 from hiverd.settings import Settings
-from hiverd.state.database import Database
-from hiverd.state.journal import Journal
-from hiverd.state.records import Records
-
-KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep an idle connection (httpx: 5 s), so that it is they who close: a request on a connection
-that the server closes at that moment would be lost."""
-
-log = logging.getLogger(__name__)
-
-
-class Services:
-    """Everything with a life of its own, started in order and stopped in reverse, also after a partial start."""
-
-    def __init__(self, settings: Settings, isolation: type[Isolation] | None = None) -> None:
-        """`isolation` is for tests; otherwise the settings name the plug-in."""
-        self.settings = settings
-        self._isolation_class = isolation
-        self.clock = SystemClock()
-        self._stack = AsyncExitStack()
-
-    async def start(self) -> None:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def _start(self) -> None:
-        settings, stack = self.settings, self._stack
-        data_dir = settings.server.data_dir
-        _private_folder(data_dir)
-        stack.callback(_take_data_dir(data_dir).close)
-        database = await Database.open(data_dir / "hiver.sqlite3")
-        stack.push_async_callback(database.close)
-        self.records = Records(database)
-        self.journal = Journal(
-            database, self.clock, max_count=settings.events.max_count, max_bytes=settings.events.max_bytes
-        )
-        await self.journal.start()
-        stack.push_async_callback(self.journal.close)
-        self.tasks = TaskGroup()
-        self.isolation = await self._start_isolation()
-        stack.push_async_callback(self.isolation.close)
-        self.volumes = Volumes(
-            data_dir / "volumes",
-            kind=settings.files.volume,
-            disk_bytes=settings.sandbox.disk_mib << 20,
-            warm=settings.files.volume_warm,
-            reserve_bytes=settings.files.host_reserve_mib << 20,
-        )
-        await self.volumes.start()
-        stack.push_async_callback(self._close_volumes)
-        self._compose()
-        stack.push_async_callback(self.tasks.close)
-        stack.callback(self.files.close)
-        stack.push_async_callback(self.sockets.close)
-        stack.push_async_callback(self.gateway.close)
-        await self.manager.adopt_all()
-        await self.housekeeping.sweep()
-        self.housekeeping.start()
-        stack.push_async_callback(self.housekeeping.close)
-
-    async def _start_isolation(self) -> Isolation:
-        name = self.settings.server.container_backend
-        plugin = self._isolation_class or isolation_class("oci" if name == "auto" else name)
-        isolation = plugin(backend_context(self.settings, name))
-        await isolation.start()
-        return isolation
-
-    def _compose(self) -> None:
-        settings = self.settings
-        stdio = StdioLimits(
-            lines_per_second=settings.events.stdio_lines_per_second,
-            bytes_per_second=settings.events.stdio_bytes_per_second,
-        )
-        self.planner = MountPlanner(settings.files.origin_roots)
-        defaults = SpecDefaults(
-            image=settings.sandbox.default_image,
-            cpu=settings.sandbox.cpu,
-            memory_mib=settings.sandbox.memory_mib,
-            pids_max=settings.sandbox.pids_max,
-        )
-        self.applier = ConfigApplier(self.records, self.planner, settings.egress.default, defaults)
-        self.execs = Execs(
-            self.journal, self.clock, ExecLimits(max_output_bytes=settings.exec.max_output_bytes, stdio=stdio)
-        )
-        self.manager = Manager(
-            isolation=self.isolation,
-            volumes=self.volumes,
-            records=self.records,
-            journal=self.journal,
-            specs=SpecBuilder(
-                defaults,
-                self.planner,
-                settings.images,
-            ),
-            entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
-            clock=self.clock,
-            tasks=self.tasks,
-            reconcile=self.applier.reconcile,
-            limits=ManagerLimits(
-                max_sandboxes=settings.sandbox.max_sandboxes,
-                stop_grace_seconds=settings.sandbox.stop_grace_seconds,
-                create_timeout_seconds=settings.sandbox.create_timeout_seconds,
-                default_ttl_seconds=settings.sandbox.ttl_seconds,
-            ),
-        )
-        self.files = FileAccess()
-        self.sockets = ThreadSocketFactory()
-        self.gateway = Gateway(self.sockets, refused_patience_seconds=settings.proxy.dial_hold_seconds)
-        self.manager.on_forget.append(self.gateway.forget)
-        self.housekeeping = Housekeeping(
-            manager=self.manager,
-            isolation=self.isolation,
-            volumes=self.volumes,
-            records=self.records,
-            clock=self.clock,
-            tasks=self.tasks,
-            usage_seconds=settings.events.resource_usage_seconds,
-        )
-
-    async def _close_volumes(self) -> None:
-        await self.volumes.close(remove_all=not self.manager.all())
-
-    async def stop(self) -> None:
-        """Leaves sandboxes running, or with `--ephemeral` removes them all first."""
-        self.manager.refuse_new()
-        if self.settings.server.ephemeral:
-            await self.manager.shutdown_all(_say)
-        elif self.manager.all():
-            _say(f"leaving {len(self.manager.all())} sandboxes running; the next start takes them over")
-        nothing_left = not self.manager.all()
-        await self._stack.aclose()
-        if nothing_left:
-            _remove_run_folder(self.settings)
-
-
-def instance_of(data_dir: Path) -> str:
-    """Names everything of one server on its host. Derived from the data folder, so it never changes."""
-    return hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:8]
-
-
-def _remove_run_folder(settings: Settings) -> None:
-    """Without sandboxes there is nothing that the next start would need from it."""
-    shutil.rmtree(settings.server.run_dir / instance_of(settings.server.data_dir), ignore_errors=True)
-    with suppress(OSError):
-        settings.server.run_dir.rmdir()
-
-
-def backend_context(settings: Settings, name: str) -> BackendContext:
-    """What an isolation plug-in gets."""
-    name = "oci" if name == "auto" else name
-    data_dir = settings.server.data_dir
-    instance = instance_of(data_dir)
-    run_dir = settings.server.run_dir / instance / name
-    for folder in (data_dir, data_dir / name, settings.server.run_dir, run_dir.parent, run_dir):
-        _private_folder(folder)
-    return BackendContext(
-        instance=instance,
-        data_dir=data_dir / name,
-        run_dir=run_dir,
-        options=settings.options_of(name),
-        image_aliases=settings.image_aliases,
-    )
-
-
-def build_asgi(services: Services) -> Front:
-    """The whole HTTP side of the server."""
-    shared: dict[str, Any] = {
-        "manager": services.manager,
-        "planner": services.planner,
-        "applier": services.applier,
-        "execs": services.execs,
-        "isolation": services.isolation,
-        "files": services.files,
-        "parsers": ParserWatch(),
-        "keepalive_seconds": services.settings.exec.keepalive_seconds,
-    }
-    dependencies = {name: Provide(_constant(value), sync_to_thread=False) for name, value in shared.items()}
-    dependencies["any_sandbox"] = Provide(provide_any_sandbox, sync_to_thread=False)
-    dependencies["sandbox"] = Provide(provide_sandbox, sync_to_thread=False)
-    app = Litestar(
-        route_handlers=[
-            CreateController,
-            ControllerRoutes,
-            PodController,
-            pod_events,
-            RunningController,
-            ExecController,
-            EventsController,
-            FilesController,
-        ],
-        dependencies=dependencies,
-        exception_handlers={Exception: handle_error},
-        request_max_body_size=services.settings.server.max_request_body_bytes,
-        openapi_config=OpenAPIConfig(
-            title="Hiver server", version=__version__, path="/schema", render_plugins=[JsonRenderPlugin()]
-        ),
-        logging_config=None,
-    )
-    guard = BrowserGuard(services.settings.server.allowed_hosts, services.settings.server.allowed_origins)
-    return Front(app, services.manager, services.gateway, guard)
-
-
-def _constant(value: Any) -> Any:
-    return lambda: value
-
-
-class _Server(uvicorn.Server):
-    """Says when it is ready, and ends open streams before it waits for connections to close."""
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            for sock in sockets or ():
-                host, port = sock.getsockname()[:2]
-                _say(f"hiver {__version__} is ready on http://{f'[{host}]' if ':' in host else host}:{port}")
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Unlike the base class, does not raise the signals again at the end: what follows must still run."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._asked_to_stop, number)
-        try:
-            yield
-        finally:
-            # From here on a second Ctrl-C ends the process at once; the next start cleans up.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-    def _asked_to_stop(self, number: int) -> None:
-        _say(f"hiver: stopping ({signal.Signals(number).name})")
-        self.handle_exit(number, None)
-
-    async def shutdown(self, sockets: Any = None) -> None:
-        await close_all_streams()
-        await super().shutdown(sockets)
 
 
 def run(settings: Settings) -> int:
@@ -301,41 +20,29 @@ def run(settings: Settings) -> int:
     try:
         return uvloop.run(_serve(settings))
     except HiverError as error:
-        _say(f"hiver: {error.message}")
+        say(f"hiver: {error.message}")
         return 1
 
 
 async def _serve(settings: Settings) -> int:
     listener = _listen(settings.server.host, settings.server.port)
     services = Services(settings)
-    await services.start()
+    # The trial of the runtime waits for other processes while Litestar is being imported.
+    importing = asyncio.get_running_loop().run_in_executor(None, _import_serve)
     try:
-        server = _Server(
-            uvicorn.Config(
-                build_asgi(services),
-                host=settings.server.host,
-                port=settings.server.port,
-                http=DirectProtocol,
-                ws="wsproto",
-                interface="asgi3",
-                lifespan="off",
-                # What clients claim in X-Forwarded-For is theirs to claim; frames and pings pass as they are.
-                proxy_headers=False,
-                ws_per_message_deflate=False,
-                ws_ping_interval=None,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                timeout_graceful_shutdown=int(settings.server.shutdown_timeout_seconds),
-                backlog=4096,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            )
-        )
-        await server.serve(sockets=[listener])
-        return 0 if server.started else 1
+        await services.start()
+    finally:
+        serve = await importing
+    try:
+        return 0 if await serve(services, listener) else 1
     finally:
         await services.stop()
+
+
+def _import_serve() -> Callable[[Services, socket.socket], Awaitable[bool]]:
+    from hiverd.web import serve  # noqa: PLC0415 -- half of all the imports, made while something else waits
+
+    return serve
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -350,39 +57,3 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --host or --port"
         ) from error
     return listener
-
-
-def _private_folder(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot use the folder {path}: {error.strerror}; choose another with --data-dir, or start as root"
-        ) from error
-
-
-def _take_data_dir(data_dir: Path) -> IO[str]:
-    """Two servers on one data folder would fight over its sandboxes."""
-    lock = (data_dir / "lock").open("a+", encoding="ascii")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip()
-        lock.close()
-        raise UnavailableError(
-            f"another hiver server (process {owner or 'unknown'}) uses {data_dir}; stop it, or choose another"
-            " --data-dir"
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
-__all__ = ["Services", "backend_context", "build_asgi", "run"]

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ PREFIX: Final = "probe-"
 """Of the ids of trial sandboxes."""
 _RUN_SECONDS: Final = 30.0
 _LEAK_CANDIDATES: Final = range(3, 12)
+_AT_ONCE: Final = 3
 
 
 class TrialError(Exception):
@@ -93,20 +95,27 @@ class Trial:
 
     def _execute(self, runtime: Runtime, folder: Path, sandbox_id: str, cwd: str) -> None:
         process = bundle.process([bundle.INIT_PATH, "--version"], {}, cwd, terminal=False)
-        (folder / "process.json").write_text(json.dumps(process))
-        self._call(runtime, folder, "exec", "--process", str(folder / "process.json"), sandbox_id)
+        document = folder / f"process-{secrets.token_hex(4)}.json"
+        document.write_text(json.dumps(process))
+        self._call(runtime, folder, "exec", "--process", str(document), sandbox_id)
 
     def _check_leaked_descriptors(self, runtime: Runtime, folder: Path, sandbox_id: str) -> None:
         """CVE-2024-21626: a working directory behind a descriptor that the runtime forgot to close is the host's."""
-        for number in _LEAK_CANDIDATES:
-            with contextlib.suppress(TrialError):
+
+        def refuses(number: int) -> bool:
+            try:
                 self._execute(runtime, folder, sandbox_id, f"/proc/self/fd/{number}")
-                # Outside of `suppress`'s class on purpose: this is the one success that must not be.
+            except TrialError:
+                return True
+            return False
+
+        # At once, since the first answer of a fresh server waits for it.
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            if not all(pool.map(refuses, _LEAK_CANDIDATES)):
                 raise VulnerableRuntimeError
 
     def _call(self, runtime: Runtime, folder: Path, *arguments: str) -> None:
-        log = folder / "runtime.log"
-        log.unlink(missing_ok=True)
+        log = folder / f"runtime-{secrets.token_hex(4)}.log"
         argv = [runtime.path, *runtime.global_arguments(folder / "state", log), *arguments]
         null = subprocess.DEVNULL
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What handlers ask for: the server's parts, given by name (see `hiverd.app.build_asgi`)."""
+"""What handlers ask for: the server's parts, given by name (see `hiverd.web.build_asgi`)."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ import pytest
 import uvicorn
 
 from hiverd.api.transfers import DirectProtocol
-from hiverd.app import Services, build_asgi
+from hiverd.services import Services
 from hiverd.settings import load_settings
 from hiverd.testing.fakes import FakeIsolation
+from hiverd.web import build_asgi
 
 
 class Running:
