@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from datetime import UTC, datetime
 from typing import Protocol
@@ -25,4 +26,11 @@ class SystemClock:
 
 def rfc3339(wall_seconds: float) -> str:
     """A UTC time stamp as events carry it (PROTOCOL 7), with microseconds."""
-    return datetime.fromtimestamp(wall_seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    seconds, micros = divmod(round(wall_seconds * 1_000_000), 1_000_000)
+    return f"{_whole_second(seconds)}.{micros:06d}Z"
+
+
+@functools.lru_cache(maxsize=8)
+def _whole_second(seconds: int) -> str:
+    """Thousands of events share one."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from bench import measures
 from bench.bare import BareRuntime
@@ -21,6 +21,23 @@ from support.leaks import marks_of, wait_until_clean
 from support.server import REPOSITORY, Server
 
 RESULT: Final = REPOSITORY / ".build" / "bench.json"
+
+
+class CpuTimes(NamedTuple):
+    """Of all processors since boot, in ticks (proc(5), /proc/stat)."""
+
+    busy: int
+    steal: int
+
+    @classmethod
+    def now(cls) -> Self:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
+        return cls(user + nice + system + irq + softirq + steal, steal)
+
+    def stolen_since(self, before: Self) -> float:
+        """The share of what was wanted that another virtual machine got: figures of such a run say less."""
+        return (self.steal - before.steal) / max(1, self.busy - before.busy)
 
 
 def environment(runtime: BareRuntime) -> dict[str, str]:
@@ -39,9 +56,11 @@ def main() -> int:
         folder = Path(scratch)
         runtime = BareRuntime(folder / "bare")
         server = Server(folder / "server")
-        all_measures: dict[str, Callable[[], list[Row]]] = {
+        without_server: dict[str, Callable[[], list[Row]]] = {
             "start": lambda: measures.start_up(folder),
             "memory": lambda: measures.memory(folder),
+        }
+        with_server: dict[str, Callable[[], list[Row]]] = {
             "create": lambda: measures.create_to_first_exec(server, runtime),
             "exec": lambda: measures.exec_true(server, runtime),
             "parallel": lambda: measures.creates_at_once(server, runtime),
@@ -49,25 +68,34 @@ def main() -> int:
             "files": lambda: measures.transfers(server, folder),
             "stream": lambda: measures.streamed_output(server),
         }
-        if not chosen <= set(all_measures):
-            print(f"unknown: {', '.join(chosen - set(all_measures))}; there are {', '.join(all_measures)}")
+        known = without_server | with_server
+        if not chosen <= set(known):
+            print(f"unknown: {', '.join(chosen - set(known))}; there are {', '.join(known)}")
             return 2
         rows: list[Row] = []
         failures: list[str] = []
-        marks = marks_of(server.data_dir)
-        with server:
-            for name, measure in all_measures.items():
+
+        def make(every: dict[str, Callable[[], list[Row]]]) -> None:
+            for name, measure in every.items():
                 if not chosen or name in chosen:
                     print(f"measuring: {name}", file=sys.stderr, flush=True)
                     try:
-                        rows += measure()
+                        rows.extend(measure())
                     except Exception as error:  # noqa: BLE001 -- one measure that fails must not hide the others
                         failures.append(f"{name}: {type(error).__name__}: {error}")
+
+        marks = marks_of(server.data_dir)
+        before = CpuTimes.now()
+        make(without_server)
+        with server:
+            make(with_server)
+        stolen = CpuTimes.now().stolen_since(before)
         wait_until_clean(marks)
     print(table(rows))
     for failure in failures:
         print(f"NOT MEASURED {failure}")
-    write_json(RESULT, rows, environment(runtime))
+    print(f"\n{stolen:.0%} of the busy processor time went to this machine's neighbours (steal)")
+    write_json(RESULT, rows, environment(runtime) | {"steal": f"{stolen:.3f}"})
     print(f"\nwritten to {RESULT.relative_to(REPOSITORY)}")
     return 1 if failures else 0
 

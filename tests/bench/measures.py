@@ -185,7 +185,9 @@ def _wrk(url: str, connections: int, prefix: list[str] | None = None) -> tuple[f
 
 
 def transfers(server: Server, folder: Path) -> list[Row]:
-    """Each round begins with nothing unwritten and no target, for all alike: no round waits for another's disk."""
+    """Each round begins with nothing unwritten and no target, for all alike: no round waits for another's disk. The
+    first does not count: in a virtual machine, memory that was never used before comes at a fifth of the speed.
+    """
     source, copied, received = folder / "source", folder / "copied", folder / "received"
     block = os.urandom(1 << 24)
     with source.open("wb") as file:
@@ -194,7 +196,7 @@ def transfers(server: Server, folder: Path) -> list[Row]:
     cp_seconds, up_seconds, down_seconds = [], [], []
     with Caller(server) as caller:
         sandbox = caller.create()
-        for _ in range(TRANSFER_ROUNDS):
+        for _ in range(TRANSFER_ROUNDS + 1):
             _write_all_back()
             cp_seconds.append(bare.copy_file(source, copied))
             copied.unlink()
@@ -208,7 +210,7 @@ def transfers(server: Server, folder: Path) -> list[Row]:
         caller.remove(sandbox)
     source.unlink()
     megabytes = TRANSFER_BYTES / MB
-    cp, up, down = (megabytes / p50(seconds) for seconds in (cp_seconds, up_seconds, down_seconds))
+    cp, up, down = (megabytes / p50(seconds[1:]) for seconds in (cp_seconds, up_seconds, down_seconds))
     return [
         Row("upload, 1 GiB", "cp", "MB/s", up, cp, ">= 0.33x", up >= cp / 3),
         Row("download, 1 GiB", "cp", "MB/s", down, cp, ">= 0.33x", down >= cp / 3),
