@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 import httptools
 from litestar.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from hiverd.files.direct import Incoming, Outgoing
 
@@ -36,7 +36,14 @@ class DirectProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._body_bytes_seen = 0
+
+    def on_headers_complete(self) -> None:
+        # A client may send its next request early, and then `self.cycle` is already that one's: so each keeps its own.
         cast("dict[str, Any]", self.scope)["extensions"] = {EXTENSION: Takeover(self)}
+        super().on_headers_complete()
+        takeover = takeover_of(cast("Scope", self.scope))
+        if takeover is not None and self.cycle is not None and self.cycle.scope is self.scope:
+            takeover.cycle = self.cycle
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes_seen += len(body)
@@ -62,11 +69,11 @@ class DirectProtocol(HttpToolsProtocol):
         sock = self.transport.get_extra_info("socket")
         return None if sock is None else cast("int", sock.fileno())
 
-    def take_body(self, length: int) -> Incoming | None:
+    def take_body(self, cycle: RequestResponseCycle, length: int) -> Incoming | None:
         """Stops reading and hands over what has been read of the body. None if that is not possible or worthwhile."""
-        cycle, fd = self.cycle, self.socket_fd()
+        fd = self.socket_fd()
         remaining = length - self._body_bytes_seen
-        if fd is None or remaining < WORTHWHILE_BYTES or cycle.disconnected:
+        if fd is None or remaining < WORTHWHILE_BYTES or cycle.disconnected or cycle is not self.cycle:
             return None
         self.flow.pause_reading()
         if cycle.waiting_for_100_continue:
@@ -77,7 +84,7 @@ class DirectProtocol(HttpToolsProtocol):
         self._taken = Incoming(fd, early, remaining)
         return self._taken
 
-    def return_body(self, incoming: Incoming) -> None:
+    def return_body(self, cycle: RequestResponseCycle, incoming: Incoming) -> None:
         """Goes on with whatever follows the body. The parser would wait for the rest of it, so a new one takes over."""
         self._taken = None
         if incoming.interrupted:
@@ -87,13 +94,12 @@ class DirectProtocol(HttpToolsProtocol):
         self._skip_bytes = incoming.remaining
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.cycle.more_body = False
-        self.cycle.message_event.set()
+        cycle.more_body = False
+        cycle.message_event.set()
         self.flow.resume_reading()
 
-    async def take_response(self) -> Outgoing | None:
+    async def take_response(self, cycle: RequestResponseCycle) -> Outgoing | None:
         """When all that was written is with the kernel. None if that is not possible."""
-        cycle = self.cycle
         if self.socket_fd() is None or cycle.chunked_encoding is not False or cycle.scope["method"] == "HEAD":
             return None
         self.transport.set_write_buffer_limits(0)
@@ -104,8 +110,8 @@ class DirectProtocol(HttpToolsProtocol):
             return None
         return Outgoing(fd)
 
-    def return_response(self, outgoing: Outgoing) -> None:
-        self.cycle.expected_content_length -= outgoing.sent
+    def return_response(self, cycle: RequestResponseCycle, outgoing: Outgoing) -> None:
+        cycle.expected_content_length -= outgoing.sent
         if outgoing.interrupted:
             self.transport.abort()
 
@@ -115,6 +121,8 @@ class Takeover:
 
     def __init__(self, protocol: DirectProtocol) -> None:
         self._protocol = protocol
+        self.cycle: RequestResponseCycle
+        """Of the request in whose scope this is."""
 
     @asynccontextmanager
     async def body(self, length: int) -> AsyncIterator[Incoming | None]:
@@ -122,13 +130,13 @@ class Takeover:
 
         What is not taken of it is skipped. Nothing may `receive` meanwhile.
         """
-        incoming = self._protocol.take_body(length)
+        incoming = self._protocol.take_body(self.cycle, length)
         try:
             yield incoming
         finally:
             if incoming is not None:
                 incoming.close()
-                self._protocol.return_body(incoming)
+                self._protocol.return_body(self.cycle, incoming)
 
     @asynccontextmanager
     async def response(self) -> AsyncIterator[Outgoing | None]:
@@ -136,13 +144,13 @@ class Takeover:
 
         What was sent counts as part of the body, whose end is to be marked as usual.
         """
-        outgoing = await self._protocol.take_response()
+        outgoing = await self._protocol.take_response(self.cycle)
         try:
             yield outgoing
         finally:
             if outgoing is not None:
                 outgoing.close()
-                self._protocol.return_response(outgoing)
+                self._protocol.return_response(self.cycle, outgoing)
 
 
 def takeover_of(scope: Scope) -> Takeover | None:

@@ -70,6 +70,23 @@ async def until_taken(taken: list[str], kind: str, count: int = 1) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_requests_that_come_early_are_answered_in_order(server, taken):
+    base = await server.create("k")
+    data = os.urandom(SIZE)
+    async with Wire.to(server) as wire:
+        wire.send("POST", f"{base}/file/big", data)
+        assert (await wire.answer())[0] == 200
+        for _ in range(3):
+            wire.send("GET", f"{base}/file/big")
+            wire.send("GET", f"{base}/ping")
+            wire.send("GET", f"{base}/file/big")
+        for _ in range(3):
+            assert (await wire.answer())[2] == data
+            assert (await wire.answer())[0] == 200
+            assert (await wire.answer())[2] == data
+    assert taken.count("Outgoing") == 6
+
+
 async def test_one_connection_carries_everything(server, taken):
     base = await server.create("k")
     data = os.urandom(SIZE)
@@ -220,8 +237,8 @@ async def test_reading_behind_the_back_of_a_takeover_ends_the_connection(server,
     base = await server.create("k")
     taking = transfers.DirectProtocol.take_body
 
-    def take_and_resume(self: Any, length: int) -> Any:
-        incoming = taking(self, length)
+    def take_and_resume(self: Any, cycle: Any, length: int) -> Any:
+        incoming = taking(self, cycle, length)
         if incoming is not None:
             self.flow.resume_reading()
         return incoming
