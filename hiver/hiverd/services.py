@@ -14,12 +14,15 @@ from typing import IO
 from hiverd.clock import SystemClock
 from hiverd.contracts.errors import UnavailableError
 from hiverd.contracts.isolation import BackendContext, Isolation
+from hiverd.egress.dialer import Dialer
+from hiverd.egress.upstream_tls import client_context
 from hiverd.files.access import FileAccess
 from hiverd.files.volumes import Volumes
 from hiverd.gateway.gateway import Gateway
 from hiverd.netns import ThreadSocketFactory
 from hiverd.plugins import isolation_class
 from hiverd.sandboxes.apply import ConfigApplier
+from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.execs import ExecLimits, Execs
 from hiverd.sandboxes.housekeeping import Housekeeping
@@ -77,6 +80,7 @@ class Services:
         await self.volumes.start()
         stack.push_async_callback(self._close_volumes)
         self._compose()
+        stack.push_async_callback(self.egress.close)
         stack.push_async_callback(self.tasks.close)
         stack.callback(self.files.close)
         stack.push_async_callback(self.sockets.close)
@@ -106,7 +110,10 @@ class Services:
             memory_mib=settings.sandbox.memory_mib,
             pids_max=settings.sandbox.pids_max,
         )
-        self.applier = ConfigApplier(self.records, self.planner, settings.egress.default, defaults)
+        contexts = {"http/1.1": client_context(settings.egress.upstream_ca_files, ["http/1.1"])}
+        dialer = Dialer(frozenset({settings.server.port}), contexts)
+        self.egress = EgressGates(settings.server.data_dir / "egress", dialer, settings.egress.default)
+        self.applier = ConfigApplier(self.records, self.planner, self.egress, settings.egress.default, defaults)
         self.execs = Execs(
             self.journal, self.clock, ExecLimits(max_output_bytes=settings.exec.max_output_bytes, stdio=stdio)
         )
@@ -120,6 +127,7 @@ class Services:
                 self.planner,
                 settings.images,
             ),
+            egress=self.egress,
             entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
             clock=self.clock,
             tasks=self.tasks,
@@ -139,6 +147,7 @@ class Services:
             manager=self.manager,
             isolation=self.isolation,
             volumes=self.volumes,
+            egress=self.egress,
             records=self.records,
             clock=self.clock,
             tasks=self.tasks,

@@ -13,6 +13,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from hiverd.contracts.isolation import RESOLVER_ADDRESS
+
 from . import syscalls
 
 
@@ -90,8 +92,7 @@ def hosts(hostname: str, extra: tuple[tuple[str, str], ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-RESOLV_CONF = "nameserver 127.0.0.1\noptions timeout:5 attempts:1\n"
-"""Nothing answers there unless the core puts a resolver into the sandbox's network namespace."""
+RESOLV_CONF = f"nameserver {RESOLVER_ADDRESS}\noptions timeout:5 attempts:1\n"
 
 
 def identity(hostname: str, extra: tuple[tuple[str, str], ...]) -> dict[str, str]:

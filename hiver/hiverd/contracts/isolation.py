@@ -14,13 +14,18 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from msgspec import Struct
 
 Stream = Literal["stdout", "stderr"]
 Progress = Callable[[str], None]
 """Called with one line of text for people while something long is under way."""
+
+RESOLVER_ADDRESS: Final = "11.0.0.1"
+"""The only name server that a workload is to know; also the answer to every question to it (PROTOCOL 5.7)."""
+GATE_ADDRESS: Final = "11.0.0.3"
+"""Inside a workload's network namespace, the core's own listeners have this address: they are no ports of its own."""
 
 
 class Finding(Struct, frozen=True):

@@ -7,16 +7,19 @@ their literal segments.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from msgspec import Struct, field
 
+from hiverd.egress.addresses import embedded_ipv4
 from hiverd.egress.globs import ANY_SEGMENTS, matches_glob, matches_segments
-from hiverd.egress.names import HostError, canonical_host
+from hiverd.egress.names import Address, HostError, canonical_host
 from hiverd.egress.targets import path_readings
 from hiverd.wire.model import EgressRule
 
+_ABOUT_ADDRESSES: Final = re.compile(r"(?=.*[0-9:])[0-9a-f:.*]+")
 MAX_REMEMBERED_TARGETS: Final = 1024
 """Hosts and ports whose rules are kept picked; a sandbox can invent any number of names."""
 
@@ -73,6 +76,7 @@ class Policy:
     def __init__(self, rules: Iterable[EgressRule]) -> None:
         self.rules: Final = tuple(_compiled(index, rule) for index, rule in enumerate(rules))
         self._picker = _Picker(self.rules)
+        self._address_rules = tuple(rule for rule in self.rules if _ABOUT_ADDRESSES.fullmatch(rule.host))
         self._targets: dict[tuple[str, int], _Target] = {}
 
     def judge_handshake(self, host: str, port: int) -> Verdict:
@@ -92,6 +96,19 @@ class Policy:
         if any(other.rule is not first.rule for other in others):
             return DENIED
         return first
+
+    def denies_address(self, address: Address, port: int, *, before: Rule) -> bool:
+        """Whether a deny rule about addresses, above the rule that let a name pass, covers what the name led to."""
+        inner = embedded_ipv4(address)
+        texts = (str(address),) if inner is None else (str(address), str(inner))
+        return any(
+            not rule.allows
+            and not (rule.methods or rule.paths)
+            and (not rule.ports or port in rule.ports)
+            and any(matches_glob(rule.host, text) for text in texts)
+            for rule in self._address_rules
+            if rule.index < before.index
+        )
 
     def _target(self, host: str, port: int) -> _Target:
         target = self._targets.get((host, port))

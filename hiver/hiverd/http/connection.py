@@ -12,7 +12,7 @@ import socket
 import threading
 from typing import Final, cast
 
-from hiverd.http.framing import ProtocolError
+from hiverd.http.framing import Headers, ProtocolError
 from hiverd.http.responses import ResponseHead, ResponseParser
 
 READ_BYTES: Final = 64 * 1024
@@ -77,6 +77,11 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def has_final_head(self) -> bool:
         return self._parser is not None and self._parser.head is not None
+
+    @property
+    def trailers(self) -> Headers:
+        """What followed the last chunk of the response."""
+        return [] if self._parser is None else self._parser.trailers
 
     def begin(self, head: bytes, method: str, *, upgradable: bool = False) -> None:
         """Starts an exchange by writing the request head (and body, if at hand). Returns at once."""

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from hiverd.contracts.errors import ConflictError, HiverError, NotFoundError
 from hiverd.contracts.isolation import Mount, WorkloadSpec
+from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.mounts import MountPlanner, PlannedMount, changed_mounts
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
 from hiverd.state.records import Records
@@ -36,11 +37,13 @@ class ConfigApplier:
         self,
         records: Records,
         mounts: MountPlanner,
+        egress: EgressGates,
         default_egress: Literal["allow", "deny"],
         defaults: Defaults = BUILT_IN,
     ) -> None:
         self._records = records
         self._mounts = mounts
+        self._egress = egress
         self._default_egress = default_egress
         self._defaults = defaults
 
@@ -108,6 +111,7 @@ class ConfigApplier:
             raise
         sandbox.config = effective
         sandbox.spec = new_spec
+        self._egress.change(sandbox)
 
     async def _undo(self, sandbox: Sandbox, steps: list[tuple[str, Mount]]) -> None:
         for step, mount in reversed(steps):

@@ -13,6 +13,7 @@ from hiverd.clock import Clock
 from hiverd.contracts.errors import SandboxGoneError
 from hiverd.contracts.isolation import Isolation, Usage
 from hiverd.files.volumes import Volumes
+from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.sandboxes.tasks import TaskGroup
@@ -39,6 +40,7 @@ class Housekeeping:
         manager: Manager,
         isolation: Isolation,
         volumes: Volumes,
+        egress: EgressGates,
         records: Records,
         clock: Clock,
         tasks: TaskGroup,
@@ -47,6 +49,7 @@ class Housekeeping:
         self._manager = manager
         self._isolation = isolation
         self._volumes = volumes
+        self._egress = egress
         self._records = records
         self._clock = clock
         self._tasks = tasks
@@ -91,6 +94,7 @@ class Housekeeping:
         """Removes what bears our mark and belongs to no record: the remains of crashes."""
         found = (await self._isolation.list_owned()) | (await self._volumes.list_owned())
         # Read after the listing: whatever was created meanwhile is known before it exists on the host.
+        await asyncio.to_thread(self._egress.sweep, self._manager.owned_ids())
         for sandbox_id in found - self._manager.owned_ids():
             log.warning("sweep: removing what is left of sandbox %s", sandbox_id)
             try:

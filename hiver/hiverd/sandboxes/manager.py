@@ -26,6 +26,7 @@ from hiverd.contracts.errors import (
 )
 from hiverd.contracts.isolation import Isolation, Workload
 from hiverd.files.volumes import Volumes
+from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.lifecycle import LifecycleStream
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
@@ -62,6 +63,7 @@ class Manager:
         journal: Journal,
         specs: SpecBuilder,
         entrypoints: Entrypoints,
+        egress: EgressGates,
         clock: Clock,
         tasks: TaskGroup,
         reconcile: Callable[[Sandbox], Awaitable[None]],
@@ -73,6 +75,7 @@ class Manager:
         self._journal = journal
         self._specs = specs
         self._entrypoints = entrypoints
+        self._egress = egress
         self._clock = clock
         self._tasks = tasks
         self._reconcile = reconcile
@@ -188,6 +191,7 @@ class Manager:
         sandbox.spec = await self._specs.build(sandbox, image, volume)
         workload = await self._isolation.create(sandbox.spec)
         sandbox.set_workload(workload)
+        await self._egress.open(sandbox, fresh=True)
         await workload.begin()
         await self._records.set_running(sandbox.id, sandbox.spec, workload.state)
         await self._entrypoints.settle(sandbox)
@@ -273,6 +277,7 @@ class Manager:
         if sandbox.has_workload:
             state = sandbox.workload.state
             await sandbox.workload.close()
+        await self._egress.release(sandbox.id)
         await self._isolation.destroy(sandbox.id, state)
         sandbox.set_workload(None)
         await self._volumes.release(sandbox.id)
@@ -335,6 +340,10 @@ class Manager:
             await self._reconcile(sandbox)
         except Exception:
             log.exception("sandbox %s: its mounts differ from its configuration", sandbox.key)
+        try:
+            await self._egress.open(sandbox, fresh=False)
+        except Exception:
+            log.exception("sandbox %s: nothing leaves it, since its gate cannot be set up", sandbox.key)
         sandbox.status = "running"
         self._entrypoints.resume(sandbox, record.log_position)
         self._watch(sandbox, workload)

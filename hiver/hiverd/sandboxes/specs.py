@@ -10,6 +10,7 @@ from typing import Final, Protocol
 import msgspec
 
 from hiverd.contracts.isolation import Image, WorkloadSpec
+from hiverd.sandboxes import trust
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.changes import Defaults
@@ -81,7 +82,7 @@ class SpecBuilder:
             argv=argv,
             tty=tty and not is_keep_alive(argv),
             cwd=config.cwd or image.cwd or "/",
-            env={**image.env, **(config.env or {})},
+            env={**trust.ENVIRONMENT, **image.env, **(config.env or {})},
             extra_hosts=tuple((name, _address(address)) for name, address in effective_extra_hosts(config)),
             mounts=tuple(mounts),
         )

@@ -11,7 +11,9 @@ import pytest
 
 from hiverd.clock import SystemClock
 from hiverd.contracts.isolation import BackendContext
+from hiverd.egress.dialer import Dialer
 from hiverd.sandboxes.apply import ConfigApplier
+from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.execs import ExecLimits, Execs
 from hiverd.sandboxes.housekeeping import Housekeeping
@@ -79,7 +81,8 @@ class Core:
         self.journal = Journal(database, self.clock, max_count=500, max_bytes=1 << 20)
         self.tasks = TaskGroup()
         self.planner = MountPlanner(())
-        self.applier = ConfigApplier(self.records, self.planner, "allow")
+        self.egress = EgressGates(volumes.root.parent / "egress", Dialer(frozenset(), {}), "allow")
+        self.applier = ConfigApplier(self.records, self.planner, self.egress, "allow")
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(
             isolation=isolation,
@@ -87,6 +90,7 @@ class Core:
             records=self.records,
             journal=self.journal,
             specs=SpecBuilder(SpecDefaults(image="host", cpu=1.0, memory_mib=512, pids_max=64), self.planner),
+            egress=self.egress,
             entrypoints=Entrypoints(self.journal, self.clock, limits, self.tasks),
             clock=self.clock,
             tasks=self.tasks,
@@ -99,6 +103,7 @@ class Core:
             manager=self.manager,
             isolation=isolation,
             volumes=volumes,  # type: ignore[arg-type]
+            egress=self.egress,
             records=self.records,
             clock=self.clock,
             tasks=self.tasks,

@@ -1,0 +1,127 @@
+"""Dialling out: a name is resolved here, each address is judged, and exactly a judged one is connected to."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from ipaddress import ip_address
+from typing import Final
+
+from hiverd.egress.addresses import guarded
+from hiverd.egress.names import Address, parse_address
+from hiverd.egress.upstream_tls import tls_cause
+from hiverd.http.connection import Connection
+
+DIAL_SECONDS: Final = 10.0
+"""For resolving and connecting together (PROTOCOL 5.4)."""
+_DISCARD_PORT: Final = 9
+
+Judge = Callable[[Address], bool]
+"""Whether the sandbox's rules let this resolved address be dialled."""
+
+
+class DialError(Exception):
+    """The upstream could not be reached. The text is safe to show."""
+
+
+class ForbiddenAddressError(Exception):
+    """The name leads only to addresses that the rule does not reach. The text is safe to show."""
+
+
+class Dialer:
+    """One for all sandboxes."""
+
+    def __init__(self, own_ports: frozenset[int], contexts: Mapping[str, ssl.SSLContext]) -> None:
+        """`own_ports`: where this server listens. `contexts`: by ALPN protocol, for TLS."""
+        self._own_ports = own_ports
+        self._contexts = contexts
+
+    async def socket_to(
+        self, host: str, port: int, *, exact: bool, judge: Judge, hosts: Mapping[str, str]
+    ) -> socket.socket:
+        """A connected socket. `exact`: the rule names the host, so it may be a guarded address (PROTOCOL 0.2).
+        `hosts`: names with addresses of their own. Raises `DialError`, `ForbiddenAddressError`."""
+        try:
+            async with asyncio.timeout(DIAL_SECONDS):
+                addresses = await self._addresses(hosts.get(host, host), port)
+                allowed = self._allowed(addresses, port, exact=exact, judge=judge)
+                return await self._first(allowed, port)
+        except TimeoutError as error:
+            raise DialError(f"{host} does not answer on port {port}") from error
+
+    async def secure(self, sock: socket.socket, host: str, connection: Connection) -> None:
+        """TLS on a fresh socket, then HTTP/1.1 on it through `connection`. Raises `DialError`."""
+        try:
+            async with asyncio.timeout(DIAL_SECONDS):
+                await asyncio.get_running_loop().create_connection(
+                    lambda: connection, sock=sock, ssl=self.context("http/1.1"), server_hostname=host
+                )
+        except TimeoutError as error:
+            raise DialError(f"{host} does not finish the TLS handshake") from error
+        except ssl.SSLError as error:
+            raise DialError(f"cannot trust {host}: {tls_cause(error)}") from error
+        except (OSError, ssl.CertificateError) as error:
+            raise DialError(f"{host} broke off the TLS handshake") from error
+
+    def context(self, protocol: str) -> ssl.SSLContext:
+        """How to speak TLS with upstreams, offering that protocol."""
+        return self._contexts[protocol]
+
+    async def _addresses(self, host: str, port: int) -> list[Address]:
+        literal = parse_address(host)
+        if literal is not None:
+            return [literal]
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise DialError(f"the name {host} does not resolve") from error
+        return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+
+    def _allowed(self, addresses: Sequence[Address], port: int, *, exact: bool, judge: Judge) -> list[Address]:
+        allowed: list[Address] = []
+        reason = "its address is denied"
+        for address in dict.fromkeys(addresses):
+            why = None if exact else guarded(address) or self._own(address, port)
+            if why is not None:
+                reason = f"it is {why}"
+            elif judge(address):
+                allowed.append(address)
+        if not allowed:
+            raise ForbiddenAddressError(reason)
+        return allowed
+
+    def _own(self, address: Address, port: int) -> str | None:
+        if port in self._own_ports and _is_local(address):
+            return "this server itself"
+        return None
+
+    async def _first(self, addresses: Sequence[Address], port: int) -> socket.socket:
+        refused: OSError | None = None
+        for address in addresses:
+            sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+            except OSError as error:
+                sock.close()
+                refused = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return sock
+        raise DialError(f"cannot connect: {refused.strerror if refused and refused.strerror else 'no address'}")
+
+
+def _is_local(address: Address) -> bool:
+    """Whether the address is one of this host: then the kernel also sends from it."""
+    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(address), _DISCARD_PORT))
+        except OSError:
+            return False
+        source: str = probe.getsockname()[0]
+        return ip_address(source.partition("%")[0]) == address

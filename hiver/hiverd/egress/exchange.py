@@ -1,0 +1,334 @@
+"""One HTTP/1.1 request of the agent on its way out, and the answer on its way back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import zlib
+from collections.abc import Iterator
+from typing import Final
+
+from msgspec import Struct
+
+from hiverd.egress import overrides
+from hiverd.egress.agent import AgentGoneError, AgentSide
+from hiverd.egress.dialer import DialError, ForbiddenAddressError
+from hiverd.egress.names import HostError, split_authority
+from hiverd.egress.outlet import Outlet
+from hiverd.egress.recorder import Attempt
+from hiverd.egress.rules import DENIED, Rule, Verdict
+from hiverd.egress.uplinks import Upstream
+from hiverd.egress.websocket import relay_websocket
+from hiverd.http.connection import Connection, UpstreamError
+from hiverd.http.framing import Headers
+from hiverd.http.headers import end_to_end, field_block
+from hiverd.http.requests import RequestError, RequestHead
+from hiverd.http.responses import ResponseHead
+
+CONTINUE_SECONDS: Final = 1.0
+"""How long an agent that sent `Expect: 100-continue` waits for the upstream's consent (RFC 9110 10.1.1)."""
+RECORD_SECONDS: Final = 0.25
+"""How long a request with a body is not yet on record."""
+WATCH_AFTER_SECONDS: Final = 0.05
+"""A request that is answered sooner needs no task that watches for the agent's leaving."""
+_IDEMPOTENT: Final = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))
+_REPLACED: Final = frozenset((b"host", b"content-length", b"expect"))
+
+
+class Way(Struct, frozen=True, kw_only=True):
+    """Where a connection was made to, as far as its first bytes tell."""
+
+    secure: bool
+    address: str
+    """The address that the agent dialled."""
+    port: int
+    name: str | None
+    """SNI or address, for TLS; None for plain HTTP, where each request names its host."""
+
+
+class Exchange:
+    """Use once: `await Exchange(...).run()`."""
+
+    def __init__(self, outlet: Outlet, way: Way, agent: AgentSide) -> None:
+        self._outlet = outlet
+        self._way = way
+        self._agent = agent
+        self._head: RequestHead = agent.head
+        self._loop = asyncio.get_running_loop()
+        self._hosts = self._hosts_of(agent.head)
+        self._attempt = Attempt(
+            outlet.events,
+            host=self._hosts[0],
+            method=self._head.method,
+            path=self._head.path,
+            query=self._head.query,
+            headers=self._head.headers,
+        )
+
+    async def run(self) -> bool:
+        """Leaves a request and a response event. True if the agent's connection can carry another request.
+
+        Raises nothing but cancellation and `OSError` of the agent's side.
+        """
+        try:
+            return await self._run()
+        except AgentGoneError:
+            self._attempt.response(0)
+        except RequestError as error:
+            self._attempt.response(error.status)
+            await self._agent.refuse(error.status, str(error))
+        except ForbiddenAddressError as error:
+            self._attempt.denied(403)
+            await self._refuse_by_policy(str(error))
+        except (DialError, UpstreamError) as error:
+            self._attempt.response(502)
+            await self._agent.refuse(502, str(error))
+        except OSError:
+            self._attempt.response(0)
+            raise
+        return False
+
+    def _hosts_of(self, head: RequestHead) -> tuple[str, ...]:
+        """Every host that the request names; the first is where it goes. Raises `RequestError`."""
+        try:
+            named = split_authority(head.host)[0] if head.host else None
+        except HostError as error:
+            raise RequestError(400, f"the host is not acceptable: {error}") from error
+        if self._way.name is None:
+            return (named or self._way.address,)
+        return (self._way.name,) if named in (None, self._way.name) else (self._way.name, named or "")
+
+    def _judge(self) -> Verdict:
+        """Each host that the request names must be allowed: an upstream may go by either (PROTOCOL 5.2)."""
+        policy, head, port = self._outlet.policy, self._head, self._way.port
+        path = "/" if head.path == "*" else head.path
+        first, *others = [policy.judge_request(host, port, head.method, path) for host in self._hosts]
+        return first if all(other.allowed for other in others) else DENIED
+
+    async def _run(self) -> bool:
+        verdict = await self._outlet.verdict(self._judge, self._attempt, self._agent_is_gone)
+        if verdict.rule is None or not verdict.allowed:
+            self._attempt.denied(403)
+            await self._refuse_by_policy("no rule allows it")
+            return False
+        rule = verdict.rule
+        if rule.source.override_script is not None:
+            raise DialError("the rule's override_script cannot be run")  # policy code fails closed (PROTOCOL 0.10)
+        upstream = self._outlet.upstream(rule, self._hosts[0], self._way.port, secure=self._way.secure)
+        override = rule.source.override
+        self._attempt.changed_by(
+            overrides.shown_headers(override, self._head.headers),
+            override.host if override is not None else None,
+            overrides.secrets_of(override),
+        )
+        if self._head.upgrade == b"websocket" and self._head.method == "GET":
+            return await self._switch_protocols(upstream, rule)
+        return await self._forward(upstream, rule)
+
+    async def _refuse_by_policy(self, reason: str) -> None:
+        """403; inside TLS without a body (PROTOCOL 5.3)."""
+        host = self._hosts[0]
+        text = f"egress denied: {host}: {reason}; see egress in the sandbox's configuration"
+        await self._agent.refuse(403, "" if self._way.secure else text)
+
+    def _agent_is_gone(self) -> bool:
+        stream = self._agent.stream
+        return stream.reader.at_eof() or stream.writer.transport.is_closing()
+
+    # -- the usual case ---------------------------------------------------------------------------------------------
+
+    async def _forward(self, upstream: Upstream, rule: Rule) -> bool:
+        override = rule.source.override
+        body: bytes | None = None
+        if override is not None and overrides.replaces_body(override):
+            await self._agent.ask_for_body()
+            sent = await self._agent.whole_body(overrides.MAX_MERGED_BODY_BYTES)
+            self._attempt.request_body(sent)
+            body = overrides.body(override, _decoded(sent, self._head.headers))
+        connection = await self._send_and_await(upstream, rule, body)
+        try:
+            return await self._relay(connection, upstream)
+        except BaseException:
+            self._outlet.uplinks.discard(connection)
+            raise
+
+    async def _send_and_await(self, upstream: Upstream, rule: Rule, body: bytes | None) -> Connection:
+        """Sends the request until a final head has come; once more if a kept connection had just been closed."""
+        streams_body = body is None and self._head.has_body
+        repeatable = self._head.method in _IDEMPOTENT and not streams_body
+        connection = self._outlet.uplinks.take(upstream)
+        while True:
+            if connection is None:
+                connection = await self._outlet.connect(upstream, rule)
+            try:
+                await self._send(connection, rule, body)
+                return connection
+            except UpstreamError as error:
+                self._outlet.uplinks.discard(connection)
+                if not (repeatable and connection.reused and error.unanswered):
+                    raise
+                connection = None
+            except BaseException:
+                self._outlet.uplinks.discard(connection)
+                raise
+
+    async def _send(self, connection: Connection, rule: Rule, body: bytes | None) -> None:
+        streams_body = body is None and self._head.has_body
+        fields = self._fields(rule, body)
+        if streams_body and self._head.expects_continue:
+            fields.append((b"expect", b"100-continue"))
+        connection.begin(self._request_head(rule, fields) + (body or b""), self._head.method)
+        if not streams_body:
+            self._attempt.request("allowed")
+            with self._watching(connection):
+                await connection.response()
+            return
+        timer = self._loop.call_later(RECORD_SECONDS, self._attempt.request, "allowed")
+        upload = asyncio.create_task(self._upload(connection), name="egress-upload")
+        try:
+            await connection.response()
+        finally:
+            timer.cancel()
+            if not upload.done():
+                # An answer before the end of the body (RFC 9112 9.3): what is left of it is not wanted.
+                upload.cancel()
+            outcome = (await asyncio.gather(upload, return_exceptions=True))[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    def _fields(self, rule: Rule, body: bytes | None) -> Headers:
+        override = rule.source.override
+        fields = [field for field in end_to_end(self._head.headers) if field[0] not in _REPLACED]
+        fields = overrides.headers(override, fields)
+        if body is not None:
+            return [*overrides.without_body_fields(fields), (b"content-length", b"%d" % len(body))]
+        if self._head.framing.chunked:
+            fields.append((b"transfer-encoding", b"chunked"))
+        elif self._head.framing.content_length is not None:
+            fields.append((b"content-length", b"%d" % self._head.framing.content_length))
+        return fields
+
+    def _request_head(self, rule: Rule, fields: Headers) -> bytes:
+        """The Host stays the agent's (PROTOCOL 5.5), unless the rule sets it."""
+        head, override = self._head, rule.source.override
+        target = "*" if head.path == "*" else overrides.target(override, head.path, head.query)
+        if not any(name == b"host" for name, _ in fields):
+            fields = [(b"host", (self._head.host or self._hosts[0]).encode("latin-1")), *fields]
+        return f"{self._head.method} {target} HTTP/1.1\r\n".encode("latin-1") + field_block(fields) + b"\r\n"
+
+    async def _upload(self, connection: Connection) -> None:
+        if self._head.expects_continue:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONTINUE_SECONDS):
+                    await connection.continued()
+            if connection.has_final_head:
+                return
+            await self._agent.ask_for_body()
+        chunked = self._head.framing.chunked
+        try:
+            async for piece in self._agent.body():
+                self._attempt.request_body(piece)
+                connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                await connection.drain()
+        except (AgentGoneError, RequestError, OSError):
+            connection.abort("the agent broke off its request")
+            raise
+        if chunked:
+            connection.write(b"0\r\n" + field_block(end_to_end(self._agent.trailers)) + b"\r\n")
+        self._attempt.request("allowed")
+
+    async def _relay(self, connection: Connection, upstream: Upstream) -> bool:
+        head = await connection.response()
+        self._attempt.response(head.status, head.headers)
+        keep = self._head.framing.keep_alive and self._agent.body_read
+        fields, chunked, keep = self._answer_fields(head, keep=keep)
+        await self._agent.start(head.status, fields, close=not keep)
+        more = not (self._head.method == "HEAD" or head.status in (204, 304))
+        with self._watching(connection):
+            while more:
+                data, more = await connection.read()
+                if data:
+                    self._attempt.response_body(data)
+                    await self._agent.stream.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+        if chunked:
+            await self._agent.stream.write(b"0\r\n" + field_block(end_to_end(connection.trailers)) + b"\r\n")
+        if self._agent.body_read:
+            self._outlet.uplinks.give_back(upstream, connection)
+        else:
+            self._outlet.uplinks.discard(connection)
+        return keep
+
+    def _answer_fields(self, head: ResponseHead, *, keep: bool) -> tuple[Headers, bool, bool]:
+        """Fields, whether the body is chunked, and whether the connection is kept."""
+        fields = [field for field in end_to_end(head.headers) if field[0] != b"content-length"]
+        if head.content_length is not None:
+            return [*fields, (b"content-length", b"%d" % head.content_length)], False, keep
+        if self._head.method == "HEAD" or head.status in (204, 304):
+            return fields, False, keep
+        if self._head.old:
+            return fields, False, False
+        return [*fields, (b"transfer-encoding", b"chunked")], True, keep
+
+    @contextlib.contextmanager
+    def _watching(self, connection: Connection) -> Iterator[None]:
+        """Gives the upstream up when the agent leaves while nothing else would tell."""
+        tasks: list[asyncio.Task[None]] = []
+
+        def start() -> None:
+            tasks.append(asyncio.create_task(self._watch(connection), name="egress-watch"))
+
+        timer = self._loop.call_later(WATCH_AFTER_SECONDS, start)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _watch(self, connection: Connection) -> None:
+        stream = self._agent.stream
+        if not self._agent.body_read or stream.unread:
+            return
+        try:
+            stream.unread = await stream.read()
+        except OSError:
+            connection.abort("the agent has left")
+            return
+        if not stream.unread:
+            connection.abort("the agent has left")
+
+    # -- WebSocket --------------------------------------------------------------------------------------------------
+
+    async def _switch_protocols(self, upstream: Upstream, rule: Rule) -> bool:
+        connection = await self._outlet.connect(upstream, rule)
+        try:
+            fields = [field for field in self._fields(rule, None) if field[0] != b"sec-websocket-extensions"]
+            fields += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+            connection.begin(self._request_head(rule, fields), "GET", upgradable=True)
+            self._attempt.request("allowed")
+            with self._watching(connection):
+                head = await connection.response()
+            if head.status != 101:
+                return await self._relay(connection, upstream)
+            self._attempt.response(101, head.headers)
+            connection.start_raw()
+            fields = [*end_to_end(head.headers), (b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+            await self._agent.start(101, fields, close=False)
+            stream = self._agent.stream
+            stream.unread = self._agent.excess + stream.unread
+            with self._outlet.tunnel(lambda: self._judge().allowed, stream.abort):
+                await relay_websocket(stream, connection, self._attempt)
+        finally:
+            self._outlet.uplinks.discard(connection)
+        return False
+
+
+def _decoded(body: bytes, headers: Headers) -> bytes:
+    """Without a gzip coding; with any other it is no JSON, and counts as none."""
+    codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
+    if codings != [b"gzip"]:
+        return body
+    try:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(body, overrides.MAX_MERGED_BODY_BYTES)
+    except zlib.error:
+        return b""

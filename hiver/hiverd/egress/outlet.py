@@ -1,0 +1,167 @@
+"""One sandbox's way out: the rules in force, and what its connections share."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+from msgspec import Struct
+
+from hiverd.egress.authority import ServerContexts
+from hiverd.egress.dialer import Dialer, DialError
+from hiverd.egress.names import Address, HostError, joined
+from hiverd.egress.overrides import dial_target
+from hiverd.egress.recorder import Attempt
+from hiverd.egress.rules import Policy, Rule, Verdict
+from hiverd.egress.uplinks import Uplinks, Upstream
+from hiverd.http.connection import Connection
+from hiverd.wire.events import EventSink
+from hiverd.wire.model import EgressRule
+
+_WAIT_STEP_SECONDS: Final = 0.25
+_MAX_RECENT_NAMES: Final = 64
+_RECENT_SECONDS: Final = 10.0
+
+
+class Rules(Struct, frozen=True, kw_only=True):
+    """What a sandbox's configuration says about egress."""
+
+    rules: tuple[EgressRule, ...]
+    mitm: bool = True
+    deny_wait_seconds: float = 0.0
+    hosts: Mapping[str, str] = {}
+    """Names with addresses of their own (`extra_hosts`), canonical."""
+
+
+class Outlet:
+    """Used from one event loop only."""
+
+    def __init__(self, rules: Rules, events: EventSink, dialer: Dialer, contexts: ServerContexts) -> None:
+        self.events = events
+        self.contexts = contexts
+        self.uplinks = Uplinks()
+        self.dialer = dialer
+        self.names = RecentNames()
+        self._tunnels: dict[object, tuple[Callable[[], bool], Callable[[], None]]] = {}
+        self._changed = asyncio.Event()
+        self._rules = rules
+        self.policy = Policy(rules.rules)
+
+    @property
+    def mitm(self) -> bool:
+        return self._rules.mitm
+
+    def change(self, rules: Rules) -> None:
+        """Puts other rules in force: for every request from now on, and at once for tunnels that are open."""
+        self.policy = Policy(rules.rules)
+        self._rules = rules
+        self.uplinks.forget_idle()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        for still_allowed, cut in list(self._tunnels.values()):
+            if not still_allowed():
+                cut()
+
+    @contextmanager
+    def tunnel(self, still_allowed: Callable[[], bool], cut: Callable[[], None]) -> Iterator[None]:
+        """Marks bytes that flow unread: `cut` is called when a change of the rules does not allow them any more."""
+        mark = object()
+        self._tunnels[mark] = (still_allowed, cut)
+        try:
+            yield
+        finally:
+            del self._tunnels[mark]
+
+    async def verdict(self, judge: Callable[[], Verdict], attempt: Attempt, gone: Callable[[], bool]) -> Verdict:
+        """The verdict; what would be denied is recorded as such and waits for other rules, if so configured
+        (PROTOCOL 5.6). A wait keeps the deadline it began with."""
+        verdict = judge()
+        if verdict.allowed:
+            return verdict
+        attempt.request("denied")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._rules.deny_wait_seconds
+        while not verdict.allowed and (left := deadline - loop.time()) > 0 and not gone():
+            await self._change(min(left, _WAIT_STEP_SECONDS))
+            verdict = judge()
+        return verdict
+
+    async def _change(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    def upstream(self, rule: Rule, host: str, port: int, *, secure: bool) -> Upstream:
+        """Where a request that this rule allows goes. Raises `DialError` for an override that names no host."""
+        override = rule.source.override
+        try:
+            target, port = dial_target(override, host, port)
+        except HostError as error:
+            raise DialError("the rule's override names no host") from error
+        exact = rule.names_host or (override is not None and bool(override.host))
+        return Upstream(secure, host, target, port, exact)
+
+    async def connect(self, upstream: Upstream, rule: Rule) -> Connection:
+        """A fresh HTTP connection. Raises `DialError`, `ForbiddenAddressError`."""
+        sock = await self.socket_to(upstream, rule)
+        loop = asyncio.get_running_loop()
+        connection = Connection(loop, sock, joined(upstream.host, upstream.port).encode())
+        try:
+            if upstream.secure:
+                await self.dialer.secure(sock, upstream.host, connection)
+            else:
+                await loop.create_connection(lambda: connection, sock=sock)
+        except BaseException:
+            connection.abort()
+            sock.close()
+            raise
+        self.uplinks.add(connection)
+        return connection
+
+    def socket_to(self, upstream: Upstream, rule: Rule) -> Awaitable[socket.socket]:
+        """A connected TCP socket. Raises `DialError`, `ForbiddenAddressError`."""
+
+        def judge(address: Address) -> bool:
+            return not self.policy.denies_address(address, upstream.port, before=rule)
+
+        return self.dialer.socket_to(
+            upstream.target, upstream.port, exact=upstream.exact, judge=judge, hosts=self._rules.hosts
+        )
+
+    def close(self) -> None:
+        self.uplinks.close()
+        for _, cut in list(self._tunnels.values()):
+            cut()
+
+
+class RecentNames:
+    """What the sandbox has just resolved: the only hint at the host where bytes are neither HTTP nor TLS."""
+
+    def __init__(self) -> None:
+        self._asked: OrderedDict[str, float] = OrderedDict()
+
+    def note(self, name: str) -> None:
+        self._asked[name] = asyncio.get_running_loop().time()
+        self._asked.move_to_end(name)
+        if len(self._asked) > _MAX_RECENT_NAMES:
+            self._asked.popitem(last=False)
+
+    def used(self, name: str) -> None:
+        """A connection has told its host itself."""
+        self._asked.pop(name, None)
+
+    def take_single(self) -> str | None:
+        """The one name that was resolved in the last moments and not used; None if there are several, or none."""
+        now = asyncio.get_running_loop().time()
+        recent = [name for name, asked in self._asked.items() if now - asked < _RECENT_SECONDS]
+        self._asked = OrderedDict((name, self._asked[name]) for name in recent)
+        if len(recent) != 1:
+            return None
+        self.used(recent[0])
+        return recent[0]

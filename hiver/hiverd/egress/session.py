@@ -1,0 +1,250 @@
+"""One connection that a sandbox has made, from its first bytes to its end (PROTOCOL 5.2 and 5.3)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+from hiverd.contracts.isolation import RESOLVER_ADDRESS
+from hiverd.egress.agent import AgentGoneError, AgentSide
+from hiverd.egress.dialer import DialError, ForbiddenAddressError
+from hiverd.egress.exchange import Exchange, Way
+from hiverd.egress.first_bytes import Kind, classify
+from hiverd.egress.hello import ACCESS_DENIED, DECODE_ERROR, INTERNAL_ERROR, ClientHello, HelloError, alert, read_hello
+from hiverd.egress.names import joined
+from hiverd.egress.outlet import Outlet
+from hiverd.egress.peek import Peeker
+from hiverd.egress.recorder import Attempt
+from hiverd.egress.rules import Rule, Verdict
+from hiverd.egress.stream import Stream, relay
+from hiverd.egress.upstream_tls import tls_cause
+from hiverd.http.requests import RequestError
+
+FIRST_BYTES_SECONDS: Final = 20.0
+"""For the whole of a ClientHello, or enough of a request to tell that it is one."""
+SILENCE_SECONDS: Final = 0.3
+"""After which a silent client is taken for one of a protocol in which the server speaks first."""
+UNKNOWN: Final = "?"
+"""The method on record for what is neither HTTP nor TLS."""
+
+
+class Session:
+    """Use once: `await Session(...).run()`."""
+
+    def __init__(self, outlet: Outlet, sock: socket.socket, address: str, port: int) -> None:
+        """`sock` is owned by this object; `address` and `port` are where the sandbox wanted to go."""
+        self._outlet = outlet
+        self._sock = sock
+        self._address = address
+        self._port = port
+        self._stream: Stream | None = None
+
+    async def run(self) -> None:
+        """Raises nothing but cancellation."""
+        try:
+            await self._serve()
+        except (OSError, AgentGoneError, asyncio.IncompleteReadError):
+            self._abort()
+        except BaseException:
+            self._abort()
+            raise
+        finally:
+            if self._stream is not None:
+                await self._stream.close()
+            self._sock.close()
+
+    def _abort(self) -> None:
+        if self._stream is not None:
+            self._stream.abort()
+
+    async def _serve(self) -> None:
+        peeker = Peeker(self._sock)
+        kind = await self._first_kind(peeker)
+        if kind == "tls":
+            await self._serve_tls(peeker)
+        elif kind == "http":
+            self._stream = await Stream.over(self._sock)
+            await self._serve_http(Way(secure=False, address=self._address, port=self._port, name=None))
+        elif kind == "opaque":
+            await self._serve_opaque()
+
+    async def _first_kind(self, peeker: Peeker) -> Kind | None:
+        """None if the client closed without a word."""
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                more = await peeker.more()
+        except TimeoutError:
+            return "opaque"
+        if not more:
+            return None
+        try:
+            async with asyncio.timeout(FIRST_BYTES_SECONDS):
+                while (kind := classify(peeker.data)) is None:
+                    if not await peeker.more():
+                        return "opaque"
+        except TimeoutError:
+            return "opaque"
+        return kind
+
+    # -- HTTP -------------------------------------------------------------------------------------------------------
+
+    async def _serve_http(self, way: Way) -> None:
+        stream = self._stream
+        assert stream is not None  # noqa: S101 -- set by the caller
+        excess = b""
+        while True:
+            agent = AgentSide(stream, excess)
+            try:
+                if not await agent.read_head():
+                    return
+                exchange = Exchange(self._outlet, way, agent)
+            except RequestError as error:
+                self._attempt(way.name or joined(self._address, self._port), UNKNOWN).denied(error.status)
+                await agent.refuse(error.status, str(error))
+                return
+            if agent.head.host:
+                self._outlet.names.used(agent.head.host.partition(":")[0].lower())
+            if not await exchange.run():
+                return
+            excess = agent.excess
+
+    # -- TLS --------------------------------------------------------------------------------------------------------
+
+    async def _serve_tls(self, peeker: Peeker) -> None:
+        try:
+            hello = await self._read_hello(peeker)
+        except HelloError as error:
+            self._attempt(joined(self._address, self._port), UNKNOWN).denied(0)
+            await self._alert(DECODE_ERROR, str(error))
+            return
+        host = hello.server_name or self._address
+        self._outlet.names.used(host)
+
+        def judge() -> Verdict:
+            return self._outlet.policy.judge_handshake(host, self._port)
+
+        attempt = self._attempt(host, "TLS")
+        verdict = await self._outlet.verdict(judge, attempt, lambda: False)
+        if verdict.rule is None or not verdict.allowed:
+            attempt.denied(0)
+            await self._alert(ACCESS_DENIED, "no rule allows it")
+        elif self._outlet.mitm:
+            await self._intercept(host)
+        else:
+            await self._splice(host, verdict.rule, judge, attempt)
+
+    async def _read_hello(self, peeker: Peeker) -> ClientHello:
+        try:
+            async with asyncio.timeout(FIRST_BYTES_SECONDS):
+                while (hello := read_hello(peeker.data)) is None:
+                    if not await peeker.more():
+                        raise HelloError("the connection ended within the ClientHello")
+        except TimeoutError as error:
+            raise HelloError("the ClientHello did not come in time") from error
+        return hello
+
+    async def _intercept(self, host: str) -> None:
+        try:
+            self._stream = await Stream.over(self._sock, self._outlet.contexts.get(host))
+        except ssl.SSLError as error:
+            # The agent does not trust us, or gave up: it would be a riddle without a trace.
+            attempt = self._attempt(host, "TLS")
+            attempt.response(0)
+            raise ConnectionAbortedError from error
+        way = Way(secure=True, address=self._address, port=self._port, name=host)
+        kind = await self._inner_kind(self._stream)
+        if kind == "http":
+            await self._serve_http(way)
+        elif kind == "opaque":
+            await self._relay_opaque(host, self._stream, secure=True)
+
+    async def _inner_kind(self, stream: Stream) -> Kind | None:
+        """What is spoken inside TLS; what was read to tell is given back."""
+        data = b""
+        try:
+            async with asyncio.timeout(FIRST_BYTES_SECONDS):
+                while (kind := classify(data)) is None:
+                    more = await stream.read()
+                    if not more:
+                        return "opaque" if data else None
+                    data += more
+        except TimeoutError:
+            kind = "opaque"
+        stream.unread = data
+        return "opaque" if kind == "tls" else kind
+
+    async def _splice(self, host: str, rule: Rule, judge: Callable[[], Verdict], attempt: Attempt) -> None:
+        """Untouched bytes, once the upstream is reached (PROTOCOL 0.11)."""
+        try:
+            upstream = self._outlet.upstream(rule, host, self._port, secure=False)
+            sock = await self._outlet.socket_to(upstream, rule)
+        except ForbiddenAddressError as error:
+            attempt.denied(0)
+            await self._alert(ACCESS_DENIED, str(error))
+            return
+        except DialError as error:
+            attempt.response(502)
+            await self._alert(INTERNAL_ERROR, str(error))
+            return
+        attempt.response(200)
+        await self._relay(await Stream.over(self._sock), await Stream.to(sock), lambda: judge().allowed)
+
+    async def _alert(self, description: int, _reason: str) -> None:
+        """Instead of a ServerHello. What was only peeked at is read, or the kernel would reset the connection first."""
+        with contextlib.suppress(OSError):
+            self._sock.recv(1 << 16)
+            await asyncio.get_running_loop().sock_sendall(self._sock, alert(description))
+            self._sock.shutdown(socket.SHUT_WR)
+
+    # -- anything else ----------------------------------------------------------------------------------------------
+
+    async def _serve_opaque(self) -> None:
+        host = self._address
+        if host == RESOLVER_ADDRESS:
+            host = self._outlet.names.take_single() or host
+        self._stream = await Stream.over(self._sock)
+        await self._relay_opaque(host, self._stream, secure=False)
+
+    async def _relay_opaque(self, host: str, stream: Stream, *, secure: bool) -> None:
+        """Only under a rule that allows all of this host and port (PROTOCOL 5.2)."""
+
+        def judge() -> Verdict:
+            return self._outlet.policy.judge_opaque(host, self._port)
+
+        attempt = self._attempt(joined(host, self._port), UNKNOWN)
+        verdict = await self._outlet.verdict(judge, attempt, stream.reader.at_eof)
+        if verdict.rule is None or not verdict.allowed:
+            attempt.denied(0)
+            return
+        attempt.request("allowed")
+        try:
+            upstream = self._outlet.upstream(verdict.rule, host, self._port, secure=secure)
+            sock = await self._outlet.socket_to(upstream, verdict.rule)
+            context = self._outlet.dialer.context("http/1.1") if secure else None
+            other = await Stream.to(sock, context, host if secure else None)
+        except ForbiddenAddressError:
+            attempt.denied(0)
+            return
+        except (DialError, OSError) as error:
+            if isinstance(error, ssl.SSLError):
+                tls_cause(error)
+            attempt.response(502)
+            return
+        attempt.response(200)
+        await self._relay(stream, other, lambda: judge().allowed)
+
+    async def _relay(self, stream: Stream, other: Stream, still_allowed: Callable[[], bool]) -> None:
+        self._stream = stream
+        try:
+            with self._outlet.tunnel(still_allowed, other.abort):
+                await relay(stream, other)
+        finally:
+            other.abort()
+            stream.abort()
+
+    def _attempt(self, host: str, method: str) -> Attempt:
+        return Attempt(self._outlet.events, host=host, method=method, path="/")

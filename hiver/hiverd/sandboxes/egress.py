@@ -1,0 +1,90 @@
+"""The way out of each sandbox: opened before its first instruction, in step with its configuration, closed last."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Literal
+
+from hiverd.egress import gate
+from hiverd.egress.authority import Authority, ServerContexts
+from hiverd.egress.dialer import Dialer
+from hiverd.egress.guard import Guard
+from hiverd.egress.names import HostError, canonical_host
+from hiverd.egress.outlet import Outlet, Rules
+from hiverd.sandboxes import trust
+from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.wire.config import SandboxConfig, effective_egress, effective_extra_hosts
+
+HOST_GATEWAY: Final = "127.0.0.1"
+"""Where a name with the address `host-gateway` leads: this host, if a rule names it exactly."""
+_PROTOCOLS: Final = ["http/1.1"]
+
+log = logging.getLogger(__name__)
+
+
+class EgressGates:
+    """All gates of this server."""
+
+    def __init__(self, folder: Path, dialer: Dialer, default: Literal["allow", "deny"]) -> None:
+        """`folder` is for the sandboxes' authorities."""
+        self._folder = folder
+        self._dialer = dialer
+        self._default: Literal["allow", "deny"] = default
+        self._guards: dict[str, Guard] = {}
+
+    async def open(self, sandbox: Sandbox, *, fresh: bool) -> None:
+        """Sets the gate up; `fresh` also makes the programs inside trust it. Raises if there is no gate afterwards:
+        then nothing leaves, and a fresh sandbox must not start."""
+        namespace = sandbox.workload.network_namespace
+        if namespace is None:
+            return
+        authority = await asyncio.to_thread(Authority.load_or_make, self._folder / sandbox.id)
+        if fresh:
+            await asyncio.to_thread(trust.install, sandbox.workload, authority.certificate_pem)
+        sockets = await gate.set_up(namespace)
+        contexts = ServerContexts(authority, _PROTOCOLS)
+        outlet = Outlet(self._rules(sandbox.config), sandbox.events, self._dialer, contexts)
+        self._guards[sandbox.id] = Guard(sandbox.key, outlet, sockets)
+
+    def change(self, sandbox: Sandbox) -> None:
+        """Puts the sandbox's configuration in force."""
+        guard = self._guards.get(sandbox.id)
+        if guard is not None:
+            guard.outlet.change(self._rules(sandbox.config))
+
+    async def release(self, sandbox_id: str) -> None:
+        """Closes the gate, and removes what was kept for it. Idempotent."""
+        guard = self._guards.pop(sandbox_id, None)
+        if guard is not None:
+            await guard.close()
+        await asyncio.to_thread(shutil.rmtree, self._folder / sandbox_id, ignore_errors=True)
+
+    async def close(self) -> None:
+        """The server stops: gates close, sandboxes stay."""
+        guards, self._guards = self._guards, {}
+        await asyncio.gather(*(guard.close() for guard in guards.values()))
+
+    def sweep(self, known: Iterable[str]) -> None:
+        """Removes what a crash left of sandboxes that are gone."""
+        if self._folder.is_dir():
+            for path in self._folder.iterdir():
+                if path.name not in known:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _rules(self, config: SandboxConfig) -> Rules:
+        hosts: dict[str, str] = {}
+        for name, address in effective_extra_hosts(config):
+            try:
+                hosts[canonical_host(name)] = HOST_GATEWAY if address == "host-gateway" else address.strip("[]")
+            except HostError:
+                log.warning("extra_hosts: %r is no host name", name)
+        return Rules(
+            rules=effective_egress(config, self._default),
+            mitm=config.mitm is not False,
+            deny_wait_seconds=float(config.egress_deny_wait or 0),
+            hosts=hosts,
+        )
