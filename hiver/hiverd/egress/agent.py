@@ -1,16 +1,14 @@
-"""The agent's side of one HTTP/1.1 exchange: its request's body, and the answer written back."""
+"""The agent's side of one exchange: its request, and the answer written back, whatever version of HTTP it speaks."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from http import HTTPStatus
+import abc
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from hiverd.egress.stream import Stream
-from hiverd.http.framing import Headers, ProtocolError
-from hiverd.http.headers import field_block
-from hiverd.http.requests import RequestError, RequestHead, RequestParser
+from hiverd.http.framing import Headers
+from hiverd.http.requests import RequestError, RequestHead
 
 IDLE_SECONDS: Final = 75.0
 """Without a request on a connection that is kept open."""
@@ -24,77 +22,36 @@ class AgentGoneError(Exception):
     """The agent has closed, or is too slow; nobody is left to answer."""
 
 
-class AgentSide:
-    """One request and its answer. `excess` is what has been read of the next one."""
+class AgentSide(abc.ABC):
+    """One request and its answer: `start`, any number of `write`, `finish`; or `refuse`; or `switch`.
 
-    def __init__(self, stream: Stream, excess: bytes = b"") -> None:
-        self.stream = stream
-        self._parser = RequestParser()
-        self._early = excess
-        self._pieces: list[bytes] = []
-        self._answer_begun = False
+    Every method that waits raises `OSError` when the agent's connection is lost.
+    """
+
+    head: RequestHead
 
     @property
-    def head(self) -> RequestHead:
-        """Once `read_head` has returned True."""
-        assert self._parser.head is not None  # noqa: S101 -- see above
-        return self._parser.head
-
-    @property
+    @abc.abstractmethod
     def body_read(self) -> bool:
         """The whole body has been taken."""
-        return self._parser.complete and not self._pieces
 
     @property
-    def excess(self) -> bytes:
-        return self._parser.excess
-
-    @property
+    @abc.abstractmethod
     def trailers(self) -> Headers:
-        return self._parser.trailers
+        """What followed the body, once that has been taken."""
 
-    async def read_head(self) -> bool:
-        """False when the agent has closed between two requests. Raises `RequestError`, `AgentGoneError`, `OSError`."""
-        data, self._early = self._early, b""
-        try:
-            while True:
-                if data and (piece := self._parser.feed(data)):
-                    self._pieces.append(piece)
-                if self._parser.head is not None:
-                    return True
-                async with asyncio.timeout(HEAD_SECONDS if self._parser.begun else IDLE_SECONDS):
-                    data = await self.stream.read()
-                if not data:
-                    if self._parser.begun:
-                        raise AgentGoneError
-                    return False
-        except TimeoutError as error:
-            if not self._parser.begun:
-                return False
-            raise RequestError(408, "the request head did not come in time") from error
-        except RequestError:
-            raise
-        except ProtocolError as error:
-            raise RequestError(400, str(error)) from error
+    @property
+    @abc.abstractmethod
+    def gone(self) -> bool:
+        """The agent does not wait for an answer any more."""
 
-    async def body(self) -> AsyncIterator[bytes]:
-        """The pieces of the body as they come. Raises `AgentGoneError`, `RequestError`, `OSError`."""
-        for piece in self._pieces:
-            yield piece
-        self._pieces.clear()
-        while not self._parser.complete:
-            try:
-                async with asyncio.timeout(BODY_STALL_SECONDS):
-                    data = await self.stream.read()
-                piece = self._parser.feed(data)
-            except TimeoutError as error:
-                raise AgentGoneError from error
-            except ProtocolError as error:
-                raise RequestError(400, str(error)) from error
-            if not data:
-                raise AgentGoneError
-            if piece:
-                yield piece
+    @abc.abstractmethod
+    def watch(self, on_gone: Callable[[], None] | None) -> None:
+        """Calls this, once, when the agent leaves (at once if it has left); None: no longer."""
+
+    @abc.abstractmethod
+    def body(self) -> AsyncIterator[bytes]:
+        """The pieces of the body as they come. Raises `AgentGoneError`, `RequestError`."""
 
     async def whole_body(self, limit: int) -> bytes:
         """Raises `RequestError` 413 beyond the limit."""
@@ -105,35 +62,26 @@ class AgentSide:
                 raise RequestError(413, "the request's body is too large to be changed")
         return bytes(gathered)
 
+    @abc.abstractmethod
     async def ask_for_body(self) -> None:
-        """Tells an agent that waits for it to send its body."""
-        if self.head.expects_continue and not self._pieces and not self._parser.complete:
-            await self.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        """Tells an agent that waits for it (`Expect: 100-continue`) to send its body."""
 
-    async def start(self, status: int, fields: Headers, *, close: bool) -> None:
-        """Writes the head of the answer."""
-        self._answer_begun = True
-        if close and status != 101:
-            fields = [*fields, (b"connection", b"close")]
-        await self.stream.write(status_line(status) + field_block(fields) + b"\r\n")
+    @abc.abstractmethod
+    async def start(self, status: int, fields: Headers, *, length: int | None, has_body: bool) -> None:
+        """The head of the answer, `fields` without framing. `length` may be told also where there is no body."""
 
+    @abc.abstractmethod
+    async def write(self, data: bytes) -> None:
+        """A piece of the answer's body."""
+
+    @abc.abstractmethod
+    async def finish(self, trailers: Headers) -> None:
+        """The end of the answer."""
+
+    @abc.abstractmethod
     async def refuse(self, status: int, text: str) -> None:
-        """A short answer of our own, after which the connection ends. Nothing if another answer has begun."""
-        if self._answer_begun:
-            self.stream.abort()
-            return
-        content = f"{text}\n".encode() if text else b""
-        fields: Headers = [(b"content-length", b"%d" % len(content))]
-        if content:
-            fields.append((b"content-type", b"text/plain; charset=utf-8"))
-        await self.start(status, fields, close=True)
-        if content and not (self._parser.head is not None and self.head.method == "HEAD"):
-            await self.stream.write(content)
+        """A short answer of our own. If another answer has begun, breaks that off instead."""
 
-
-def status_line(status: int) -> bytes:
-    try:
-        phrase = HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""
-    return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
+    async def switch(self, fields: Headers) -> Stream:
+        """Answers 101 and hands the connection over. Only where `head.upgrade` is set."""
+        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 request of the agent on its way out, and the answer on its way back."""
+"""One HTTP request of the agent on its way out, and the answer on its way back."""
 
 from __future__ import annotations
 
@@ -23,14 +23,11 @@ from hiverd.http.connection import Connection, UpstreamError
 from hiverd.http.framing import Headers
 from hiverd.http.headers import end_to_end, field_block
 from hiverd.http.requests import RequestError, RequestHead
-from hiverd.http.responses import ResponseHead
 
 CONTINUE_SECONDS: Final = 1.0
 """How long an agent that sent `Expect: 100-continue` waits for the upstream's consent (RFC 9110 10.1.1)."""
 RECORD_SECONDS: Final = 0.25
 """How long a request with a body is not yet on record."""
-WATCH_AFTER_SECONDS: Final = 0.05
-"""A request that is answered sooner needs no task that watches for the agent's leaving."""
 _IDEMPOTENT: Final = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))
 _REPLACED: Final = frozenset((b"host", b"content-length", b"expect"))
 
@@ -65,13 +62,13 @@ class Exchange:
             headers=self._head.headers,
         )
 
-    async def run(self) -> bool:
-        """Leaves a request and a response event. True if the agent's connection can carry another request.
+    async def run(self) -> None:
+        """Leaves a request and a response event, and the agent with an answer unless it has left.
 
         Raises nothing but cancellation and `OSError` of the agent's side.
         """
         try:
-            return await self._run()
+            await self._run()
         except AgentGoneError:
             self._attempt.response(0)
         except RequestError as error:
@@ -86,7 +83,6 @@ class Exchange:
         except OSError:
             self._attempt.response(0)
             raise
-        return False
 
     def _hosts_of(self, head: RequestHead) -> tuple[str, ...]:
         """Every host that the request names; the first is where it goes. Raises `RequestError`."""
@@ -105,25 +101,25 @@ class Exchange:
         first, *others = [policy.judge_request(host, port, head.method, path) for host in self._hosts]
         return first if all(other.allowed for other in others) else DENIED
 
-    async def _run(self) -> bool:
-        verdict = await self._outlet.verdict(self._judge, self._attempt, self._agent_is_gone)
+    async def _run(self) -> None:
+        verdict = await self._outlet.verdict(self._judge, self._attempt, lambda: self._agent.gone)
         if verdict.rule is None or not verdict.allowed:
             self._attempt.denied(403)
             await self._refuse_by_policy("no rule allows it")
-            return False
+            return
         rule = verdict.rule
         if rule.source.override_script is not None:
             raise DialError("the rule's override_script cannot be run")  # policy code fails closed (PROTOCOL 0.10)
         upstream = self._outlet.upstream(rule, self._hosts[0], self._way.port, secure=self._way.secure)
         override = rule.source.override
-        self._attempt.changed_by(
-            overrides.shown_headers(override, self._head.headers),
-            override.host if override is not None else None,
-            overrides.secrets_of(override),
-        )
+        if override is not None:
+            self._attempt.changed_by(
+                overrides.shown_headers(override, self._head.headers), override.host, overrides.secrets_of(override)
+            )
         if self._head.upgrade == b"websocket" and self._head.method == "GET":
-            return await self._switch_protocols(upstream, rule)
-        return await self._forward(upstream, rule)
+            await self._switch_protocols(upstream, rule)
+        else:
+            await self._forward(upstream, rule)
 
     async def _refuse_by_policy(self, reason: str) -> None:
         """403; inside TLS without a body (PROTOCOL 5.3)."""
@@ -131,13 +127,9 @@ class Exchange:
         text = f"egress denied: {host}: {reason}; see egress in the sandbox's configuration"
         await self._agent.refuse(403, "" if self._way.secure else text)
 
-    def _agent_is_gone(self) -> bool:
-        stream = self._agent.stream
-        return stream.reader.at_eof() or stream.writer.transport.is_closing()
-
     # -- the usual case ---------------------------------------------------------------------------------------------
 
-    async def _forward(self, upstream: Upstream, rule: Rule) -> bool:
+    async def _forward(self, upstream: Upstream, rule: Rule) -> None:
         override = rule.source.override
         body: bytes | None = None
         if override is not None and overrides.replaces_body(override):
@@ -147,7 +139,7 @@ class Exchange:
             body = overrides.body(override, _decoded(sent, self._head.headers))
         connection = await self._send_and_await(upstream, rule, body)
         try:
-            return await self._relay(connection, upstream)
+            await self._relay(connection, upstream)
         except BaseException:
             self._outlet.uplinks.discard(connection)
             raise
@@ -237,69 +229,39 @@ class Exchange:
             connection.write(b"0\r\n" + field_block(end_to_end(self._agent.trailers)) + b"\r\n")
         self._attempt.request("allowed")
 
-    async def _relay(self, connection: Connection, upstream: Upstream) -> bool:
+    async def _relay(self, connection: Connection, upstream: Upstream) -> None:
         head = await connection.response()
         self._attempt.response(head.status, head.headers)
-        keep = self._head.framing.keep_alive and self._agent.body_read
-        fields, chunked, keep = self._answer_fields(head, keep=keep)
-        await self._agent.start(head.status, fields, close=not keep)
+        agent = self._agent
+        fields = [field for field in end_to_end(head.headers) if field[0] != b"content-length"]
         more = not (self._head.method == "HEAD" or head.status in (204, 304))
+        await agent.start(head.status, fields, length=head.content_length, has_body=more)
         with self._watching(connection):
             while more:
+                if not connection.ready:
+                    await agent.write(b"")  # what has come so far is not held back
                 data, more = await connection.read()
                 if data:
                     self._attempt.response_body(data)
-                    await self._agent.stream.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
-        if chunked:
-            await self._agent.stream.write(b"0\r\n" + field_block(end_to_end(connection.trailers)) + b"\r\n")
-        if self._agent.body_read:
+                    await agent.write(data)
+        await agent.finish(end_to_end(connection.trailers))
+        if agent.body_read:
             self._outlet.uplinks.give_back(upstream, connection)
         else:
             self._outlet.uplinks.discard(connection)
-        return keep
-
-    def _answer_fields(self, head: ResponseHead, *, keep: bool) -> tuple[Headers, bool, bool]:
-        """Fields, whether the body is chunked, and whether the connection is kept."""
-        fields = [field for field in end_to_end(head.headers) if field[0] != b"content-length"]
-        if head.content_length is not None:
-            return [*fields, (b"content-length", b"%d" % head.content_length)], False, keep
-        if self._head.method == "HEAD" or head.status in (204, 304):
-            return fields, False, keep
-        if self._head.old:
-            return fields, False, False
-        return [*fields, (b"transfer-encoding", b"chunked")], True, keep
 
     @contextlib.contextmanager
     def _watching(self, connection: Connection) -> Iterator[None]:
         """Gives the upstream up when the agent leaves while nothing else would tell."""
-        tasks: list[asyncio.Task[None]] = []
-
-        def start() -> None:
-            tasks.append(asyncio.create_task(self._watch(connection), name="egress-watch"))
-
-        timer = self._loop.call_later(WATCH_AFTER_SECONDS, start)
+        self._agent.watch(lambda: connection.abort("the agent has left"))
         try:
             yield
         finally:
-            timer.cancel()
-            for task in tasks:
-                task.cancel()
-
-    async def _watch(self, connection: Connection) -> None:
-        stream = self._agent.stream
-        if not self._agent.body_read or stream.unread:
-            return
-        try:
-            stream.unread = await stream.read()
-        except OSError:
-            connection.abort("the agent has left")
-            return
-        if not stream.unread:
-            connection.abort("the agent has left")
+            self._agent.watch(None)
 
     # -- WebSocket --------------------------------------------------------------------------------------------------
 
-    async def _switch_protocols(self, upstream: Upstream, rule: Rule) -> bool:
+    async def _switch_protocols(self, upstream: Upstream, rule: Rule) -> None:
         connection = await self._outlet.connect(upstream, rule)
         try:
             fields = [field for field in self._fields(rule, None) if field[0] != b"sec-websocket-extensions"]
@@ -309,18 +271,16 @@ class Exchange:
             with self._watching(connection):
                 head = await connection.response()
             if head.status != 101:
-                return await self._relay(connection, upstream)
+                await self._relay(connection, upstream)
+                return
             self._attempt.response(101, head.headers)
             connection.start_raw()
             fields = [*end_to_end(head.headers), (b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
-            await self._agent.start(101, fields, close=False)
-            stream = self._agent.stream
-            stream.unread = self._agent.excess + stream.unread
+            stream = await self._agent.switch(fields)
             with self._outlet.tunnel(lambda: self._judge().allowed, stream.abort):
                 await relay_websocket(stream, connection, self._attempt)
         finally:
             self._outlet.uplinks.discard(connection)
-        return False
 
 
 def _decoded(body: bytes, headers: Headers) -> bytes:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Final
 
 from hiverd.contracts.isolation import RESOLVER_ADDRESS
-from hiverd.egress.agent import AgentGoneError, AgentSide
+from hiverd.egress.agent import AgentGoneError
+from hiverd.egress.agent_http1 import Http1Agent
 from hiverd.egress.dialer import DialError, ForbiddenAddressError
 from hiverd.egress.exchange import Exchange, Way
 from hiverd.egress.first_bytes import Kind, classify
@@ -97,7 +98,7 @@ class Session:
         assert stream is not None  # noqa: S101 -- set by the caller
         excess = b""
         while True:
-            agent = AgentSide(stream, excess)
+            agent = Http1Agent(stream, excess)
             try:
                 if not await agent.read_head():
                     return
@@ -106,9 +107,10 @@ class Session:
                 self._attempt(way.name or joined(self._address, self._port), UNKNOWN).denied(error.status)
                 await agent.refuse(error.status, str(error))
                 return
-            if agent.head.host:
+            if agent.head.host and way.name is None:
                 self._outlet.names.used(agent.head.host.partition(":")[0].lower())
-            if not await exchange.run():
+            await exchange.run()
+            if not agent.reusable:
                 return
             excess = agent.excess
 
@@ -216,7 +218,7 @@ class Session:
             return self._outlet.policy.judge_opaque(host, self._port)
 
         attempt = self._attempt(joined(host, self._port), UNKNOWN)
-        verdict = await self._outlet.verdict(judge, attempt, stream.reader.at_eof)
+        verdict = await self._outlet.verdict(judge, attempt, lambda: stream.gone)
         if verdict.rule is None or not verdict.allowed:
             attempt.denied(0)
             return

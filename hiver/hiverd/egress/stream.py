@@ -1,74 +1,203 @@
-"""A connection from a sandbox once it has been accepted or its TLS handshake is done."""
+"""A connection of a sandbox once its TLS handshake, if any, is done; or one that we made for it, to pass bytes on."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import ssl
-from typing import Final
+from collections.abc import Callable
+from typing import Final, cast
 
-READ_BYTES: Final = 64 * 1024
+from hiverd.http.connection import READ_BYTES, read_buffer
+
 HANDSHAKE_SECONDS: Final = 30.0
 
 
-class Stream:
-    """Bytes both ways, with pressure: `write` waits while the other side does not read."""
+class Stream(asyncio.BufferedProtocol):
+    """Bytes both ways, with pressure: `write` waits while the other side does not read. Use `over` or `to`."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
+    def __init__(self, *, secure: bool) -> None:
         self.unread = b""
         """Read already, and given back."""
+        self.on_gone: Callable[[], None] | None = None
+        """Called once when the other side has closed or broken off, as soon as that is known."""
+        self._secure = secure
+        self._loop = asyncio.get_running_loop()
+        self._buffer = read_buffer()
+        self._transport: asyncio.Transport | None = None
+        self._pieces: list[bytes] = []
+        self._held_bytes = 0
+        self._reading_paused = False
+        self._eof = False
+        self._lost = False
+        self._reader: asyncio.Future[None] | None = None
+        self._write_paused = False
+        self._writers: list[asyncio.Future[None]] = []
+        self._closed = self._loop.create_future()
 
     @classmethod
     async def over(cls, sock: socket.socket, context: ssl.SSLContext | None = None) -> Stream:
-        """Takes the socket over; with a context as the server of a TLS handshake. Raises `OSError`."""
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=READ_BYTES, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport, _ = await loop.connect_accepted_socket(
-            lambda: protocol,
+        """Takes an accepted socket over; with a context as the server of a TLS handshake. Raises `OSError`."""
+        stream = cls(secure=context is not None)
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: stream,
             sock,
             ssl=context,
             ssl_handshake_timeout=HANDSHAKE_SECONDS if context is not None else None,
         )
-        return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+        return stream
 
     @classmethod
     async def to(cls, sock: socket.socket, context: ssl.SSLContext | None = None, host: str | None = None) -> Stream:
         """The same for a socket that we connected; with a context as the client of a TLS handshake with `host`."""
-        reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=host, limit=READ_BYTES)
-        return cls(reader, writer)
+        stream = cls(secure=context is not None)
+        await asyncio.get_running_loop().create_connection(
+            lambda: stream,
+            sock=sock,
+            ssl=context,
+            server_hostname=host if context is not None else None,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS if context is not None else None,
+        )
+        return stream
+
+    @property
+    def gone(self) -> bool:
+        """The other side sends no more: it has closed or broken off."""
+        return self._eof or self._lost
+
+    @property
+    def half_closes(self) -> bool:
+        """One direction can end before the other. TLS cannot, in asyncio."""
+        return not self._secure
+
+    @property
+    def protocol(self) -> str | None:
+        """What ALPN settled on (RFC 7301); None without."""
+        tls = self._transport.get_extra_info("ssl_object") if self._transport is not None else None
+        return cast("str | None", tls.selected_alpn_protocol()) if tls is not None else None
 
     async def read(self) -> bytes:
         """What has come, at least a byte; empty at the end. Raises `OSError`."""
         if self.unread:
             data, self.unread = self.unread, b""
             return data
-        return await self.reader.read(READ_BYTES)
+        while not self._pieces:
+            if self._eof:
+                return b""
+            if self._lost:
+                raise ConnectionResetError("the connection was lost")
+            await self._more()
+        pieces = self._pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self._resume()
+        return data
 
     async def write(self, data: bytes) -> None:
         """Raises `OSError`."""
-        self.writer.write(data)
-        await self.writer.drain()
+        if self._lost or self._transport is None:
+            raise ConnectionResetError("the connection was lost")
+        self._transport.write(data)
+        if self._write_paused:
+            await self._drain()
 
     def end(self) -> None:
         """No more will be written; the other direction goes on where that is possible."""
-        if self.writer.can_write_eof():
-            self.writer.write_eof()
+        if self._transport is not None and self.half_closes and not self._lost:
+            self._transport.write_eof()
 
     def abort(self) -> None:
-        """Closes at once."""
-        self.writer.transport.abort()
+        """Closes at once. Idempotent."""
+        if self._transport is not None:
+            self._transport.abort()
 
     async def close(self, seconds: float = 5.0) -> None:
         """Closes when what was written is sent, or the time has passed."""
+        if self._transport is None:
+            return
+        self._transport.close()
         try:
             async with asyncio.timeout(seconds):
-                self.writer.close()
-                await self.writer.wait_closed()
-        except (OSError, TimeoutError):
+                await asyncio.shield(self._closed)
+        except TimeoutError:
             self.abort()
+
+    # asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._pieces.append(bytes(self._buffer[:nbytes]))
+        self._held_bytes += nbytes
+        if self._held_bytes >= READ_BYTES and not self._reading_paused and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        self._wake()
+        self._tell_gone()
+        return self.half_closes
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._write_paused = False
+        if not self._closed.done():
+            self._closed.set_result(None)
+        self._wake()
+        self._wake_writers()
+        self._tell_gone()
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        self._wake_writers()
+
+    # Inner workings
+
+    async def _more(self) -> None:
+        self._reader = self._loop.create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def _resume(self) -> None:
+        self._held_bytes = 0
+        if self._reading_paused and self._transport is not None and not self._lost:
+            self._reading_paused = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    async def _drain(self) -> None:
+        while self._write_paused:
+            writer = self._loop.create_future()
+            self._writers.append(writer)
+            await writer
+        if self._lost:
+            raise ConnectionResetError("the connection was lost")
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _wake_writers(self) -> None:
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            if not writer.done():
+                writer.set_result(None)
+
+    def _tell_gone(self) -> None:
+        tell, self.on_gone = self.on_gone, None
+        if tell is not None:
+            tell()
 
 
 async def relay(one: Stream, other: Stream) -> None:
@@ -86,5 +215,5 @@ async def _pump(source: Stream, target: Stream) -> None:
     while data := await source.read():
         await target.write(data)
     target.end()
-    if not target.writer.can_write_eof():  # TLS has no half-closed state in asyncio
+    if not target.half_closes:
         raise ConnectionAbortedError

@@ -22,7 +22,7 @@ such as tiny chunks, holds the event loop for no longer than this much takes."""
 _of_thread = threading.local()
 
 
-def _read_buffer() -> memoryview:
+def read_buffer() -> memoryview:
     """One for all connections of an event loop: it is filled and copied from within one call of the loop."""
     buffer: memoryview | None = getattr(_of_thread, "buffer", None)
     if buffer is None:
@@ -51,7 +51,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._parser: ResponseParser | None = None
         self._pieces: list[bytes] = []
-        self._buffer = _read_buffer()
+        self._buffer = read_buffer()
         self._unread_bytes = 0
         self._answered = False
         self._error: UpstreamError | None = None
@@ -73,6 +73,11 @@ class Connection(asyncio.BufferedProtocol):
     def complete(self) -> bool:
         """The whole response has arrived (not necessarily been read)."""
         return self._parser is None or self._parser.complete
+
+    @property
+    def ready(self) -> bool:
+        """`read` would not wait."""
+        return bool(self._pieces) or self.complete
 
     @property
     def has_final_head(self) -> bool:
