@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import json
@@ -11,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from hiver_backends.oci import syscalls
+from hiver_backends.oci.execs import Execs
 from hiverd.contracts.errors import SandboxGoneError
 from hiverd.contracts.isolation import WorkloadSpec
 from hiverd.testing.isolation_harness import eventually, run
@@ -255,3 +259,43 @@ def _stat(file: Path) -> str:
 def _is_our_zombie(line: str) -> bool:
     fields = line.rsplit(")", 1)[1].split() if line else ["", "0"]
     return fields[0] == "Z" and int(fields[1]) == os.getpid()
+
+
+async def test_a_start_copes_with_what_a_dead_servers_runtime_still_writes(harness: OciHarness) -> None:
+    """Such a runtime's file may come between the emptying of the folder and its making."""
+    folder = harness.run_dir / "x"
+    folder.mkdir(parents=True)
+    stop = threading.Event()
+    writer = threading.Thread(target=_write_until, args=(folder, stop))
+    writer.start()
+    try:
+        for _ in range(20):
+            async with harness.started():
+                pass
+    finally:
+        stop.set()
+        writer.join()
+
+
+async def test_a_failed_start_leaves_the_process_as_it_was(harness: OciHarness, monkeypatch: Any) -> None:
+    before = syscalls.set_child_subreaper(False)
+    syscalls.set_child_subreaper(before)
+    isolation = harness.build()
+    monkeypatch.setattr(Execs, "prepare", _fail)
+    with pytest.raises(OSError, match="no room"):
+        await isolation.start()
+    after = syscalls.set_child_subreaper(before)
+    assert after == before
+
+
+def _write_until(folder: Path, stop: threading.Event) -> None:
+    number = 0
+    while not stop.is_set():
+        number += 1
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            (folder / f"dead-{number}").write_text("1")
+
+
+def _fail(_: object) -> None:
+    raise OSError("no room")

@@ -136,9 +136,12 @@ class Execs:
         self._numbers = itertools.count()
 
     def prepare(self) -> None:
-        """Empties the folder: a killed server may have left files with secrets in it."""
+        """Empties the folder: a killed server may have left files with secrets in it.
+
+        What a runtime of that server still writes meanwhile is no more than a process id.
+        """
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(mode=0o700, parents=True)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def start(self, request: ExecRequest, tree: TreeFactory) -> ExecProcess:
         """Raises `BackendError` when the runtime fails for a reason that is not the command's."""

@@ -91,7 +91,11 @@ class OciIsolation(Isolation):
         folders = Places(run=self.context.run_dir / "s", log=self.context.data_dir / "sandboxes", mount=self._mount_dir)
         cleaner = Cleaner(folders, self._state_dir, self._cgroups, offer.runtime)
         self._started = _Started(engine, cleaner, offer.runtime, offer.init)
-        await self._in_pool(lambda: self._prepare_folders(folders, execs))
+        try:
+            await self._in_pool(lambda: self._prepare_folders(folders, execs))
+        except BaseException:
+            await self.close()
+            raise
 
     def _prepare_folders(self, folders: Places, execs: Execs) -> None:
         for folder in (folders.run, folders.log, self._state_dir):
