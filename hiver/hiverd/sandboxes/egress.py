@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
 from typing import Final, Literal
 
 from hiverd.egress import gate
 from hiverd.egress.authority import Authority, ServerContexts
 from hiverd.egress.dialer import Dialer
+from hiverd.egress.gate import GateSockets
 from hiverd.egress.guard import Guard
 from hiverd.egress.names import HostError, canonical_host
 from hiverd.egress.outlet import Outlet, Rules
@@ -42,13 +43,18 @@ class EgressGates:
         namespace = sandbox.workload.network_namespace
         if namespace is None:
             return
-        authority = await asyncio.to_thread(Authority.load_or_make, self._folder / sandbox.id)
-        if fresh:
-            await asyncio.to_thread(trust.install, sandbox.workload, authority.certificate_pem)
-        sockets = await gate.set_up(namespace)
+        sockets, authority = await _both(
+            gate.set_up(namespace, fresh=fresh), asyncio.to_thread(self._authority, sandbox, install=fresh)
+        )
         contexts = ServerContexts(authority, _PROTOCOLS)
         outlet = Outlet(self._rules(sandbox.config), sandbox.events, self._dialer, contexts)
         self._guards[sandbox.id] = Guard(sandbox.key, outlet, sockets)
+
+    def _authority(self, sandbox: Sandbox, *, install: bool) -> Authority:
+        authority = Authority.load_or_make(self._folder / sandbox.id)
+        if install:
+            trust.install(sandbox.workload, authority.certificate_pem)
+        return authority
 
     def change(self, sandbox: Sandbox) -> None:
         """Puts the sandbox's configuration in force."""
@@ -88,3 +94,15 @@ class EgressGates:
             deny_wait_seconds=float(config.egress_deny_wait or 0),
             hosts=hosts,
         )
+
+
+async def _both(setting_up: Awaitable[GateSockets], preparing: Awaitable[Authority]) -> tuple[GateSockets, Authority]:
+    """Side by side; no socket is left open if either fails."""
+    sockets, authority = await asyncio.gather(setting_up, preparing, return_exceptions=True)
+    if isinstance(authority, BaseException):
+        if isinstance(sockets, GateSockets):
+            sockets.close()
+        raise authority
+    if isinstance(sockets, BaseException):
+        raise sockets
+    return sockets, authority
