@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from bench import measures
+from bench import egress, measures
 from bench.bare import BareRuntime
 from bench.report import Row, table, write_json
 from support.leaks import marks_of, wait_until_clean
@@ -59,6 +59,7 @@ def main() -> int:
         without_server: dict[str, Callable[[], list[Row]]] = {
             "start": lambda: measures.start_up(folder),
             "memory": lambda: measures.memory(folder),
+            "egress": lambda: egress.measure(folder),
         }
         with_server: dict[str, Callable[[], list[Row]]] = {
             "create": lambda: measures.create_to_first_exec(server, runtime),

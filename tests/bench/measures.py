@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -174,7 +175,11 @@ def _inner_pid() -> int | None:
 def _wrk(url: str, connections: int, prefix: list[str] | None = None) -> tuple[float, float]:
     """(requests per second, p50 in ms)."""
     argv = [*(prefix or []), "wrk", "-t1", f"-c{connections}", f"-d{WRK_SECONDS}s", "--latency", url]
-    text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    return wrk_figures(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+
+
+def wrk_figures(text: str) -> tuple[float, float]:
+    """(requests per second, p50 in ms) of what wrk has printed."""
     if "Non-2xx" in text or "Socket errors" in text:
         raise RuntimeError(f"wrk met errors:\n{text}")
     rate = re.search(r"Requests/sec:\s+([\d.]+)", text)
@@ -185,8 +190,8 @@ def _wrk(url: str, connections: int, prefix: list[str] | None = None) -> tuple[f
 
 
 def transfers(server: Server, folder: Path) -> list[Row]:
-    """Each round begins with nothing unwritten and no target, for all alike: no round waits for another's disk. The
-    first does not count: in a virtual machine, memory that was never used before comes at a fifth of the speed.
+    """Each transfer begins with nothing unwritten, no target and enough memory at hand, for all alike: none waits for
+    another's disk, or for the host of a virtual machine to give it memory. The first round does not count.
     """
     source, copied, received = folder / "source", folder / "copied", folder / "received"
     block = os.urandom(1 << 24)
@@ -197,12 +202,12 @@ def transfers(server: Server, folder: Path) -> list[Row]:
     with Caller(server) as caller:
         sandbox = caller.create()
         for _ in range(TRANSFER_ROUNDS + 1):
-            _write_all_back()
+            _settle()
             cp_seconds.append(bare.copy_file(source, copied))
             copied.unlink()
-            _write_all_back()
+            _settle()
             up_seconds.append(_seconds(lambda: caller.upload(sandbox, "/workspace/big", source)))
-            _write_all_back()
+            _settle()
             down_seconds.append(_seconds(lambda: caller.download(sandbox, "/workspace/big", received)))
             assert received.stat().st_size == TRANSFER_BYTES
             received.unlink()
@@ -217,10 +222,15 @@ def transfers(server: Server, folder: Path) -> list[Row]:
     ]
 
 
-def _write_all_back() -> None:
-    """Twice: writing a volume back makes its image on the host's disk have something to be written."""
+def _settle() -> None:
+    """Writes everything back, twice: writing a volume back makes its image on the host's disk have something to be
+    written. Then makes sure of free memory that is really there: a virtual machine's may have gone back to its host,
+    from where it comes at a fifth of the speed.
+    """
     os.sync()
     os.sync()
+    populate = "import mmap; mmap.mmap(-1, %d, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
+    subprocess.run([sys.executable, "-c", populate % (3 * TRANSFER_BYTES)], check=True)
 
 
 def streamed_output(server: Server) -> list[Row]:

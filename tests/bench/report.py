@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-Unit = Literal["ms", "s", "requests/s", "MB/s", "MiB"]
+Unit = Literal["us", "ms", "s", "requests/s", "MB/s", "MiB"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ def p50(values: Sequence[float]) -> float:
 
 def p95(values: Sequence[float]) -> float:
     return percentile(values, 95)
+
+
+def p99(values: Sequence[float]) -> float:
+    return percentile(values, 99)
 
 
 def _number(value: float | None) -> str:
