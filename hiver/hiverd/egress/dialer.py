@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
-from typing import Final
+from typing import Final, TypeVar
 
 from hiverd.egress.addresses import guarded
 from hiverd.egress.names import Address, parse_address
+from hiverd.egress.stream import Stream
 from hiverd.egress.upstream_tls import tls_cause
 from hiverd.http.connection import Connection
 
 DIAL_SECONDS: Final = 10.0
 """For resolving and connecting together (PROTOCOL 5.4)."""
 _DISCARD_PORT: Final = 9
+_T = TypeVar("_T")
 
 Judge = Callable[[Address], bool]
 """Whether the sandbox's rules let this resolved address be dialled."""
@@ -53,17 +55,15 @@ class Dialer:
 
     async def secure(self, sock: socket.socket, host: str, connection: Connection) -> None:
         """TLS on a fresh socket, then HTTP/1.1 on it through `connection`. Raises `DialError`."""
-        try:
-            async with asyncio.timeout(DIAL_SECONDS):
-                await asyncio.get_running_loop().create_connection(
-                    lambda: connection, sock=sock, ssl=self.context("http/1.1"), server_hostname=host
-                )
-        except TimeoutError as error:
-            raise DialError(f"{host} does not finish the TLS handshake") from error
-        except ssl.SSLError as error:
-            raise DialError(f"cannot trust {host}: {tls_cause(error)}") from error
-        except (OSError, ssl.CertificateError) as error:
-            raise DialError(f"{host} broke off the TLS handshake") from error
+        loop = asyncio.get_running_loop()
+        await _secured(
+            host,
+            loop.create_connection(lambda: connection, sock=sock, ssl=self.context("http/1.1"), server_hostname=host),
+        )
+
+    async def stream_to(self, sock: socket.socket, host: str) -> Stream:
+        """TLS on a fresh socket, then bytes as they are. Raises `DialError`."""
+        return await _secured(host, Stream.to(sock, self.context("http/1.1"), host))
 
     def context(self, protocol: str) -> ssl.SSLContext:
         """How to speak TLS with upstreams, offering that protocol."""
@@ -114,6 +114,19 @@ class Dialer:
             else:
                 return sock
         raise DialError(f"cannot connect: {refused.strerror if refused and refused.strerror else 'no address'}")
+
+
+async def _secured(host: str, handshake: Awaitable[_T]) -> _T:
+    """Awaits a handshake, and tells why it failed."""
+    try:
+        async with asyncio.timeout(DIAL_SECONDS):
+            return await handshake
+    except TimeoutError as error:
+        raise DialError(f"{host} does not finish the TLS handshake") from error
+    except ssl.SSLError as error:
+        raise DialError(f"cannot trust {host}: {tls_cause(error)}") from error
+    except (OSError, ssl.CertificateError) as error:
+        raise DialError(f"{host} broke off the TLS handshake") from error
 
 
 def _is_local(address: Address) -> bool:

@@ -17,6 +17,7 @@ from hiverd.egress.names import Address, HostError, joined
 from hiverd.egress.overrides import dial_target
 from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import Policy, Rule, Verdict
+from hiverd.egress.splice import Splicer
 from hiverd.egress.uplinks import Uplinks, Upstream
 from hiverd.http.connection import Connection
 from hiverd.wire.events import EventSink
@@ -44,6 +45,7 @@ class Outlet:
         self.events = events
         self.contexts = contexts
         self.uplinks = Uplinks()
+        self.splicer = Splicer()
         self.dialer = dialer
         self.names = RecentNames()
         self._tunnels: dict[object, tuple[Callable[[], bool], Callable[[], None]]] = {}
@@ -138,6 +140,7 @@ class Outlet:
         self.uplinks.close()
         for _, cut in list(self._tunnels.values()):
             cut()
+        self.splicer.close()
 
 
 class RecentNames:

@@ -22,7 +22,6 @@ from hiverd.egress.peek import Peeker
 from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import Rule, Verdict
 from hiverd.egress.stream import Stream, relay
-from hiverd.egress.upstream_tls import tls_cause
 from hiverd.http.requests import RequestError
 
 FIRST_BYTES_SECONDS: Final = 20.0
@@ -162,7 +161,7 @@ class Session:
         if kind == "http":
             await self._serve_http(way)
         elif kind == "opaque":
-            await self._relay_opaque(host, self._stream, secure=True)
+            await self._relay_opaque(host, self._stream)
 
     async def _inner_kind(self, stream: Stream) -> Kind | None:
         """What is spoken inside TLS; what was read to tell is given back."""
@@ -193,7 +192,7 @@ class Session:
             await self._alert(INTERNAL_ERROR, str(error))
             return
         attempt.response(200)
-        await self._relay(await Stream.over(self._sock), await Stream.to(sock), lambda: judge().allowed)
+        await self._join(sock, lambda: judge().allowed)
 
     async def _alert(self, description: int, _reason: str) -> None:
         """Instead of a ServerHello. What was only peeked at is read, or the kernel would reset the connection first."""
@@ -208,45 +207,74 @@ class Session:
         host = self._address
         if host == RESOLVER_ADDRESS:
             host = self._outlet.names.take_single() or host
-        self._stream = await Stream.over(self._sock)
-        await self._relay_opaque(host, self._stream, secure=False)
+        found = await self._dial_opaque(host, self._has_closed, secure=False)
+        if found is not None:
+            sock, attempt = found
+            attempt.response(200)
+            await self._join(sock, lambda: self._judge_opaque(host).allowed)
 
-    async def _relay_opaque(self, host: str, stream: Stream, *, secure: bool) -> None:
-        """Only under a rule that allows all of this host and port (PROTOCOL 5.2)."""
-
-        def judge() -> Verdict:
-            return self._outlet.policy.judge_opaque(host, self._port)
-
-        attempt = self._attempt(joined(host, self._port), UNKNOWN)
-        verdict = await self._outlet.verdict(judge, attempt, lambda: stream.gone)
-        if verdict.rule is None or not verdict.allowed:
-            attempt.denied(0)
+    async def _relay_opaque(self, host: str, stream: Stream) -> None:
+        """What is no HTTP within TLS goes to the upstream within TLS."""
+        found = await self._dial_opaque(host, lambda: stream.gone, secure=True)
+        if found is None:
             return
-        attempt.request("allowed")
+        sock, attempt = found
         try:
-            upstream = self._outlet.upstream(verdict.rule, host, self._port, secure=secure)
-            sock = await self._outlet.socket_to(upstream, verdict.rule)
-            context = self._outlet.dialer.context("http/1.1") if secure else None
-            other = await Stream.to(sock, context, host if secure else None)
-        except ForbiddenAddressError:
-            attempt.denied(0)
-            return
-        except (DialError, OSError) as error:
-            if isinstance(error, ssl.SSLError):
-                tls_cause(error)
+            other = await self._outlet.dialer.stream_to(sock, host)
+        except DialError:
             attempt.response(502)
             return
         attempt.response(200)
-        await self._relay(stream, other, lambda: judge().allowed)
-
-    async def _relay(self, stream: Stream, other: Stream, still_allowed: Callable[[], bool]) -> None:
-        self._stream = stream
         try:
-            with self._outlet.tunnel(still_allowed, other.abort):
+            with self._outlet.tunnel(lambda: self._judge_opaque(host).allowed, other.abort):
                 await relay(stream, other)
         finally:
             other.abort()
             stream.abort()
+
+    def _judge_opaque(self, host: str) -> Verdict:
+        return self._outlet.policy.judge_opaque(host, self._port)
+
+    async def _dial_opaque(
+        self, host: str, gone: Callable[[], bool], *, secure: bool
+    ) -> tuple[socket.socket, Attempt] | None:
+        """A connection under a rule that allows all of this host and port (PROTOCOL 5.2); None, recorded, if there is
+        none."""
+        attempt = self._attempt(joined(host, self._port), UNKNOWN)
+        verdict = await self._outlet.verdict(lambda: self._judge_opaque(host), attempt, gone)
+        if verdict.rule is None or not verdict.allowed:
+            attempt.denied(0)
+            return None
+        attempt.request("allowed")
+        try:
+            upstream = self._outlet.upstream(verdict.rule, host, self._port, secure=secure)
+            return await self._outlet.socket_to(upstream, verdict.rule), attempt
+        except ForbiddenAddressError:
+            attempt.denied(0)
+        except DialError:
+            attempt.response(502)
+        return None
+
+    async def _join(self, other: socket.socket, still_allowed: Callable[[], bool]) -> None:
+        """Bytes as they are, both ways, until both directions end or the rules do not allow it any more."""
+
+        def cut() -> None:
+            with contextlib.suppress(OSError):
+                other.shutdown(socket.SHUT_RDWR)
+
+        try:
+            with self._outlet.tunnel(still_allowed, cut):
+                await self._outlet.splicer.join(self._sock, other)
+        finally:
+            other.close()
+
+    def _has_closed(self) -> bool:
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _attempt(self, host: str, method: str) -> Attempt:
         return Attempt(self._outlet.events, host=host, method=method, path="/")

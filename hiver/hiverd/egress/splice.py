@@ -1,0 +1,102 @@
+"""Bytes that nobody reads, from socket to socket within the kernel (splice(2))."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+PIPE_BYTES: Final = 1 << 20
+_F_SETPIPE_SZ: Final = 1031  # fcntl has the name from Python 3.10 on, where the C library had it at build time
+_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_MAX_FREE: Final = 16
+
+
+class _Pipe(NamedTuple):
+    reader: int
+    writer: int
+
+    @classmethod
+    def make(cls) -> _Pipe:
+        pipe = cls(*os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+        with contextlib.suppress(OSError):  # over the limit of a user's pipes: the usual size does as well
+            fcntl.fcntl(pipe.writer, _F_SETPIPE_SZ, PIPE_BYTES)
+        return pipe
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class Splicer:
+    """Joins pairs of sockets. Pipes are shared: one is taken only while it holds bytes. One event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._free: list[_Pipe] = []
+
+    async def join(self, one: socket.socket, other: socket.socket) -> None:
+        """Both ways, until both directions have ended or one side breaks off. The sockets are non-blocking and stay the
+        caller's; `socket.shutdown` on one of them ends this."""
+        tasks = [
+            asyncio.create_task(self._pump(one, other), name="egress-splice-up"),
+            asyncio.create_task(self._pump(other, one), name="egress-splice-down"),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Frees the pipes that are not in use."""
+        while self._free:
+            self._free.pop().close()
+
+    async def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        while await self._move(source, target):
+            pass
+        target.shutdown(socket.SHUT_WR)
+
+    async def _move(self, source: socket.socket, target: socket.socket) -> bool:
+        """Waits for bytes and moves what has come. False at the end."""
+        await self._ready(self._loop.add_reader, self._loop.remove_reader, source)
+        pipe = self._free.pop() if self._free else _Pipe.make()
+        held = 0
+        try:
+            with contextlib.suppress(BlockingIOError):
+                held = os.splice(source.fileno(), pipe.writer, PIPE_BYTES, flags=_FLAGS)
+                if not held:
+                    return False
+            while held:
+                try:
+                    held -= os.splice(pipe.reader, target.fileno(), held, flags=_FLAGS)
+                except BlockingIOError:
+                    await self._ready(self._loop.add_writer, self._loop.remove_writer, target)
+        finally:
+            if held or len(self._free) >= _MAX_FREE:
+                pipe.close()
+            else:
+                self._free.append(pipe)
+        return True
+
+    async def _ready(
+        self, add: Callable[..., object], remove: Callable[[socket.socket], object], sock: socket.socket
+    ) -> None:
+        ready = self._loop.create_future()
+        add(sock, _set, ready)
+        try:
+            await ready
+        finally:
+            if sock.fileno() >= 0:
+                remove(sock)
+
+
+def _set(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
