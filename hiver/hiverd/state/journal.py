@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 PENDING_HIGH_BYTES: Final = 8 << 20
 PAGE_ROWS: Final = 64
-TRIM_SLACK: Final = 256
-"""Rows over the bound before the oldest are deleted: one DELETE per so many events."""
-
-GATHER_SECONDS: Final = 0.005
+MIN_TRIM_SLACK: Final = 256
+TRIM_SHARE: Final = 8
+"""The oldest are deleted when there is an eighth more than is to be kept: finding them means a walk over all."""
+GATHER_SECONDS: Final = 0.02
 """How much later an event may be seen for the sake of those that follow it; the first after a pause is not delayed."""
 _encode = msgspec.json.Encoder().encode
 
@@ -125,11 +125,8 @@ class Journal:
         last_ids = {events: event_id for events, event_id, _ in live}
         try:
             async with self._database.transaction() as connection:
-                await connection.executemany(
-                    "INSERT INTO events (sandbox_id, id, body) SELECT ?1, ?2, ?3"
-                    " WHERE EXISTS (SELECT 1 FROM sandboxes WHERE id = ?1)",
-                    [(events.sandbox_id, event_id, body) for events, event_id, body in live],
-                )
+                for statement, parameters in _inserts(live):
+                    await connection.execute(statement, parameters)
                 await connection.executemany(
                     "UPDATE sandboxes SET last_event_id = ? WHERE id = ?",
                     [(event_id, events.sandbox_id) for events, event_id in last_ids.items()],
@@ -159,14 +156,13 @@ class Journal:
             await self._trim(events)
 
     async def _trim(self, events: SandboxEvents) -> None:
-        if events.stored_count <= self.max_count + TRIM_SLACK and events.stored_bytes <= self.max_bytes:
+        slack = max(MIN_TRIM_SLACK, self.max_count // TRIM_SHARE)
+        if events.stored_count <= self.max_count + slack and events.stored_bytes <= self.max_bytes:
             return
+        too_large = events.stored_bytes > self.max_bytes
         async with self._database.transaction() as connection:
             await connection.execute(
-                "DELETE FROM events WHERE sandbox_id = ?1 AND id <= coalesce((SELECT max(id) FROM ("
-                " SELECT id, row_number() OVER newest AS n, sum(length(body)) OVER newest AS total"
-                " FROM events WHERE sandbox_id = ?1 WINDOW newest AS (ORDER BY id DESC))"
-                " WHERE n > ?2 OR total > ?3), 0)",
+                _OLDEST_BY_BYTES if too_large else _OLDEST_BY_COUNT,
                 (events.sandbox_id, self.max_count, self.max_bytes // 2),
             )
             cursor = await connection.execute(
@@ -175,6 +171,39 @@ class Journal:
             row = await cursor.fetchone()
         if row is not None:
             events.stored_count, events.stored_bytes = int(row[0]), int(row[1])
+
+
+def _insert_of(count: int) -> str:
+    rows = ",".join(["(?,?,?)"] * count)
+    return (
+        f"INSERT INTO events (sandbox_id, id, body) SELECT column1, column2, column3 FROM (VALUES {rows})"  # noqa: S608
+        " WHERE EXISTS (SELECT 1 FROM sandboxes WHERE id = column1)"
+    )
+
+
+_INSERTS: Final = {count: _insert_of(count) for count in (256, 64, 16, 4, 1)}
+"""Rows that go together cost one wait for the interpreter's lock; few sizes, so that SQLite compiles each once."""
+
+
+def _inserts(rows: Sequence[tuple[SandboxEvents, int, bytes]]) -> Iterator[tuple[str, list[object]]]:
+    start = 0
+    for count, statement in _INSERTS.items():
+        while len(rows) - start >= count:
+            part = rows[start : start + count]
+            yield statement, [value for events, number, body in part for value in (events.sandbox_id, number, body)]
+            start += count
+
+
+_OLDEST_BY_COUNT: Final = (
+    "DELETE FROM events WHERE sandbox_id = ?1 AND id <= coalesce("
+    "(SELECT id FROM events WHERE sandbox_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2), 0) AND ?3"
+)
+_OLDEST_BY_BYTES: Final = (
+    "DELETE FROM events WHERE sandbox_id = ?1 AND id <= coalesce((SELECT max(id) FROM ("
+    " SELECT id, row_number() OVER newest AS n, sum(length(body)) OVER newest AS total"
+    " FROM events WHERE sandbox_id = ?1 WINDOW newest AS (ORDER BY id DESC))"
+    " WHERE n > ?2 OR total > ?3), 0)"
+)
 
 
 class SandboxEvents(EventSink):
