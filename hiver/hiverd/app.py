@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -33,6 +34,8 @@ async def _serve(settings: Settings) -> int:
         await services.start()
     finally:
         serve = await importing
+    # What is there now stays: the collector, whose full runs over it would be felt as pauses, need not look at it.
+    gc.freeze()
     try:
         return 0 if await serve(services, listener) else 1
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Final
@@ -29,6 +29,7 @@ class Http1Agent(AgentSide):
         self._keep = False
         self._finished = False
         self._held = b""
+        self._head_deadline_monotonic: float | None = None
 
     @property
     def body_read(self) -> bool:
@@ -68,8 +69,7 @@ class Http1Agent(AgentSide):
                 if self._parser.head is not None:
                     self.head = self._parser.head
                     return True
-                async with asyncio.timeout(HEAD_SECONDS if self._parser.begun else IDLE_SECONDS):
-                    data = await self._stream.read()
+                data = await self._stream.read(self._patience_seconds())
                 if not data:
                     if self._parser.begun:
                         raise AgentGoneError
@@ -83,13 +83,21 @@ class Http1Agent(AgentSide):
         except ProtocolError as error:
             raise RequestError(400, str(error)) from error
 
+    def _patience_seconds(self) -> float:
+        """A head has its time as a whole, however small the pieces in which it comes."""
+        if not self._parser.begun:
+            return IDLE_SECONDS
+        now = time.monotonic()
+        if self._head_deadline_monotonic is None:
+            self._head_deadline_monotonic = now + HEAD_SECONDS
+        return max(0.0, self._head_deadline_monotonic - now)
+
     async def body(self) -> AsyncIterator[bytes]:
         while self._pieces:
             yield self._pieces.pop(0)
         while not self._parser.complete:
             try:
-                async with asyncio.timeout(BODY_STALL_SECONDS):
-                    data = await self._stream.read()
+                data = await self._stream.read(BODY_STALL_SECONDS)
                 piece = self._parser.feed(data)
             except TimeoutError as error:
                 raise AgentGoneError from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import Iterator
 from typing import Final
 
 from msgspec import Struct
@@ -113,9 +112,7 @@ class Exchange:
         upstream = self._outlet.upstream(rule, self._hosts[0], self._way.port, secure=self._way.secure)
         override = rule.source.override
         if override is not None:
-            self._attempt.changed_by(
-                overrides.shown_headers(override, self._head.headers), override.host, overrides.secrets_of(override)
-            )
+            self._attempt.changed_by(overrides.shown_headers(override, self._head.headers), override.host, rule.secrets)
         if self._head.upgrade == b"websocket" and self._head.method == "GET":
             await self._switch_protocols(upstream, rule)
         else:
@@ -148,7 +145,7 @@ class Exchange:
         """Sends the request until a final head has come; once more if a kept connection had just been closed."""
         streams_body = body is None and self._head.has_body
         repeatable = self._head.method in _IDEMPOTENT and not streams_body
-        connection = self._outlet.uplinks.take(upstream)
+        connection = self._outlet.uplinks.take(upstream, sure=not repeatable)
         while True:
             if connection is None:
                 connection = await self._outlet.connect(upstream, rule)
@@ -172,8 +169,11 @@ class Exchange:
         connection.begin(self._request_head(rule, fields) + (body or b""), self._head.method)
         if not streams_body:
             self._attempt.request("allowed")
-            with self._watching(connection):
+            self._agent.watch(connection.abort_for_client)
+            try:
                 await connection.response()
+            finally:
+                self._agent.watch(None)
             return
         timer = self._loop.call_later(RECORD_SECONDS, self._attempt.request, "allowed")
         upload = asyncio.create_task(self._upload(connection), name="egress-upload")
@@ -236,7 +236,8 @@ class Exchange:
         fields = [field for field in end_to_end(head.headers) if field[0] != b"content-length"]
         more = not (self._head.method == "HEAD" or head.status in (204, 304))
         await agent.start(head.status, fields, length=head.content_length, has_body=more)
-        with self._watching(connection):
+        agent.watch(connection.abort_for_client)
+        try:
             while more:
                 if not connection.ready:
                     await agent.write(b"")  # what has come so far is not held back
@@ -244,20 +245,13 @@ class Exchange:
                 if data:
                     self._attempt.response_body(data)
                     await agent.write(data)
+        finally:
+            agent.watch(None)
         await agent.finish(end_to_end(connection.trailers))
         if agent.body_read:
             self._outlet.uplinks.give_back(upstream, connection)
         else:
             self._outlet.uplinks.discard(connection)
-
-    @contextlib.contextmanager
-    def _watching(self, connection: Connection) -> Iterator[None]:
-        """Gives the upstream up when the agent leaves while nothing else would tell."""
-        self._agent.watch(lambda: connection.abort("the agent has left"))
-        try:
-            yield
-        finally:
-            self._agent.watch(None)
 
     # -- WebSocket --------------------------------------------------------------------------------------------------
 
@@ -268,8 +262,11 @@ class Exchange:
             fields += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
             connection.begin(self._request_head(rule, fields), "GET", upgradable=True)
             self._attempt.request("allowed")
-            with self._watching(connection):
+            self._agent.watch(connection.abort_for_client)
+            try:
                 head = await connection.response()
+            finally:
+                self._agent.watch(None)
             if head.status != 101:
                 await self._relay(connection, upstream)
                 return

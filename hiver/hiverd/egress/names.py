@@ -5,6 +5,7 @@ A name that two programs could read differently is refused here, before any rule
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -23,6 +24,7 @@ class HostError(ValueError):
     """Not a host as we accept it. The text is safe to show."""
 
 
+@functools.lru_cache(maxsize=4096)
 def canonical_host(text: str) -> str:
     """The form in which a host is compared with rules: lower case, no final dot, addresses as their usual literal.
 
@@ -58,6 +60,7 @@ def parse_address(text: str) -> Address | None:
         return None
 
 
+@functools.lru_cache(maxsize=4096)
 def split_authority(text: str) -> tuple[str, int | None]:
     """Splits `host[:port]` of a Host field or `:authority` (RFC 9110, 7.2). The host is canonical.
 

@@ -16,6 +16,7 @@ from msgspec import Struct, field
 from hiverd.egress.addresses import embedded_ipv4
 from hiverd.egress.globs import ANY_SEGMENTS, matches_glob, matches_segments
 from hiverd.egress.names import Address, HostError, canonical_host
+from hiverd.egress.overrides import secrets_of
 from hiverd.egress.targets import path_readings
 from hiverd.wire.model import EgressRule
 
@@ -35,6 +36,8 @@ class Rule(Struct, frozen=True, eq=False):
     methods: frozenset[str]
     paths: tuple[tuple[str, ...], ...]
     """Patterns as segments; empty: any path."""
+    secrets: tuple[str, ...]
+    """What its override puts in, and events must not tell."""
 
     @property
     def allows(self) -> bool:
@@ -229,6 +232,7 @@ def _compiled(index: int, rule: EgressRule) -> Rule:
         ports=frozenset(rule.ports or ()),
         methods=frozenset(method.upper() for method in rule.methods or ()),
         paths=tuple(dict.fromkeys(_segments(path) for path in paths)),
+        secrets=secrets_of(rule.override),
     )
 
 

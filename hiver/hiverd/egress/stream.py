@@ -34,6 +34,8 @@ class Stream(asyncio.BufferedProtocol):
         self._write_paused = False
         self._writers: list[asyncio.Future[None]] = []
         self._closed = self._loop.create_future()
+        self._deadline: float | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
 
     @classmethod
     async def over(cls, sock: socket.socket, context: ssl.SSLContext | None = None) -> Stream:
@@ -76,8 +78,8 @@ class Stream(asyncio.BufferedProtocol):
         tls = self._transport.get_extra_info("ssl_object") if self._transport is not None else None
         return cast("str | None", tls.selected_alpn_protocol()) if tls is not None else None
 
-    async def read(self) -> bytes:
-        """What has come, at least a byte; empty at the end. Raises `OSError`."""
+    async def read(self, seconds: float | None = None) -> bytes:
+        """What has come, at least a byte; empty at the end. Raises `OSError`, and `TimeoutError` if nothing comes."""
         if self.unread:
             data, self.unread = self.unread, b""
             return data
@@ -86,7 +88,7 @@ class Stream(asyncio.BufferedProtocol):
                 return b""
             if self._lost:
                 raise ConnectionResetError("the connection was lost")
-            await self._more()
+            await self._more(seconds)
         pieces = self._pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
@@ -147,6 +149,8 @@ class Stream(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._write_paused = False
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         if not self._closed.done():
             self._closed.set_result(None)
         self._wake()
@@ -162,12 +166,32 @@ class Stream(asyncio.BufferedProtocol):
 
     # Inner workings
 
-    async def _more(self) -> None:
+    async def _more(self, seconds: float | None) -> None:
         self._reader = self._loop.create_future()
+        if seconds is not None:
+            self._deadline = self._loop.time() + seconds
+            if self._watchdog is None or self._watchdog.when() > self._deadline:
+                self._set_watchdog(self._deadline)
         try:
             await self._reader
         finally:
             self._reader = None
+            self._deadline = None
+
+    def _set_watchdog(self, when: float) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._watchdog = self._loop.call_at(when, self._look_at_deadline)
+
+    def _look_at_deadline(self) -> None:
+        """One timer serves many waits: it is not moved for each, but looks again when it comes too early."""
+        self._watchdog = None
+        if self._deadline is None or self._reader is None or self._reader.done():
+            return
+        if self._deadline > self._loop.time():
+            self._set_watchdog(self._deadline)
+        else:
+            self._reader.set_exception(TimeoutError())
 
     def _resume(self) -> None:
         self._held_bytes = 0

@@ -37,12 +37,13 @@ class Uplinks:
     def __len__(self) -> int:
         return len(self._all)
 
-    def take(self, upstream: Upstream) -> Connection | None:
-        """The idle connection that was used last, if one still stands."""
+    def take(self, upstream: Upstream, *, sure: bool) -> Connection | None:
+        """The idle connection that was used last, if one still stands. `sure`: also if the event loop does not yet know
+        that it does not, for a request that could not be sent again."""
         idle = self._idle.get(upstream)
         while idle:
             connection, _ = idle.pop()
-            if connection.idle and not connection.stale():
+            if connection.idle and not (sure and connection.stale()):
                 connection.reused = True
                 return connection
             self.discard(connection)

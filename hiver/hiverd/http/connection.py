@@ -184,6 +184,10 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
         self._wake()
 
+    def abort_for_client(self) -> None:
+        """`abort`, when the one for whom the exchange was made has left."""
+        self.abort("the client has left")
+
     # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
