@@ -1,4 +1,4 @@
-"""`make demo`: the published client's quick start against a server that exists only for it.
+"""`make demo`: the published client's quick start, and an agent behind egress rules, against a server of their own.
 
 Nothing is left afterwards, which is checked: no process, mount, cgroup, namespace, loop device or file. Only the
 client's own environment stays in `.clients/demo`, so that the next time is quick.
@@ -25,8 +25,11 @@ from support.leaks import marks_of, wait_until_clean  # noqa: E402
 from support.server import Server, ServerFailed, clean_environment  # noqa: E402
 
 CLIENT_VERSION: Final = ALL_VERSIONS[-1]
-QUICK_START: Final = REPOSITORY / "examples" / "quickstart.py"
-QUICK_START_SECONDS: Final = 120
+EXAMPLES: Final = {
+    "The client's documented quick start": REPOSITORY / "examples" / "quickstart.py",
+    "An agent that may reach one API, with a key that it never sees": REPOSITORY / "examples" / "egress.py",
+}
+EXAMPLE_SECONDS: Final = 120
 
 
 class Narrator:
@@ -47,7 +50,7 @@ class Narrator:
 
     def done(self) -> None:
         seconds = time.monotonic() - self._began_monotonic
-        print(f"\n{self._bold}The quick start works.{self._plain} ({seconds:.1f} s in all)", flush=True)
+        print(f"\n{self._bold}All of it works.{self._plain} ({seconds:.1f} s in all)", flush=True)
 
 
 def client_python() -> Path:
@@ -69,10 +72,10 @@ def client_python() -> Path:
     return python
 
 
-def run_quick_start(python: Path, server: Server, narrator: Narrator) -> None:
+def run_example(example: Path, python: Path, server: Server, narrator: Narrator) -> None:
     environment = clean_environment({"HIVER_GATEWAY_URL": server.url, "PYTHONUNBUFFERED": "1"})
     with subprocess.Popen(
-        [str(python), "-I", str(QUICK_START)],
+        [str(python), "-I", str(example)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,9 +83,9 @@ def run_quick_start(python: Path, server: Server, narrator: Narrator) -> None:
     ) as process:
         for line in process.stdout or ():
             narrator.detail(line)
-        code = process.wait(QUICK_START_SECONDS)
+        code = process.wait(EXAMPLE_SECONDS)
     if code != 0:
-        raise ServerFailed(f"the quick start failed with exit code {code}; the server said:\n{server.log_tail()}")
+        raise ServerFailed(f"{example.name} failed with exit code {code}; the server said:\n{server.log_tail()}")
 
 
 def demonstrate(folder: Path, narrator: Narrator) -> None:
@@ -97,8 +100,9 @@ def demonstrate(folder: Path, narrator: Narrator) -> None:
     try:
         seconds = server.start()
         narrator.detail(f"answers at {server.url} after {seconds:.1f} s")
-        narrator.step("The client's documented quick start (examples/quickstart.py)")
-        run_quick_start(python, server, narrator)
+        for title, example in EXAMPLES.items():
+            narrator.step(f"{title} ({example.relative_to(REPOSITORY)})")
+            run_example(example, python, server, narrator)
     finally:
         narrator.step("The server stops")
         server.stop()

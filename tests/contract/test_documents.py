@@ -153,5 +153,5 @@ def test_the_demo_runs_and_leaves_nothing() -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "stdout: hello from the sandbox - exit code: 0" in done.stdout
-        assert "The quick start works." in done.stdout
+        assert "All of it works." in done.stdout
     assert (CLIENTS / "demo" / ".version").is_file()
