@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -74,12 +74,15 @@ class EgressGates:
         guards, self._guards = self._guards, {}
         await asyncio.gather(*(guard.close() for guard in guards.values()))
 
-    def sweep(self, known: Iterable[str]) -> None:
-        """Removes what a crash left of sandboxes that are gone."""
-        if self._folder.is_dir():
-            for path in self._folder.iterdir():
-                if path.name not in known:
-                    shutil.rmtree(path, ignore_errors=True)
+    def is_open(self, sandbox_id: str) -> bool:
+        return sandbox_id in self._guards
+
+    async def list_owned(self) -> frozenset[str]:
+        """Ids of all sandboxes of which anything is kept, for the sweep."""
+        return await asyncio.to_thread(self._list_owned)
+
+    def _list_owned(self) -> frozenset[str]:
+        return frozenset(path.name for path in self._folder.iterdir()) if self._folder.is_dir() else frozenset()
 
     def _rules(self, config: SandboxConfig) -> Rules:
         hosts: dict[str, str] = {}

@@ -91,17 +91,20 @@ class Housekeeping:
         self._stored_activity = now
 
     async def sweep(self) -> None:
-        """Removes what bears our mark and belongs to no record: the remains of crashes."""
-        found = (await self._isolation.list_owned()) | (await self._volumes.list_owned())
+        """Removes what bears our mark and belongs to no record: the remains of crashes. Opens what should be open."""
+        found = frozenset().union(
+            await self._isolation.list_owned(), await self._volumes.list_owned(), await self._egress.list_owned()
+        )
         # Read after the listing: whatever was created meanwhile is known before it exists on the host.
-        await asyncio.to_thread(self._egress.sweep, self._manager.owned_ids())
         for sandbox_id in found - self._manager.owned_ids():
             log.warning("sweep: removing what is left of sandbox %s", sandbox_id)
             try:
                 await self._isolation.destroy(sandbox_id, None)
                 await self._volumes.release(sandbox_id)
+                await self._egress.release(sandbox_id)
             except Exception:
                 log.exception("sweep: sandbox %s could not be removed", sandbox_id)
+        await self._manager.open_gates()
 
     async def sample(self) -> None:
         sandboxes = [s for s in self._manager.all() if s.ready and s.events.wants(ResourceUsageEvent)]

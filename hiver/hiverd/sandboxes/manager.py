@@ -340,15 +340,27 @@ class Manager:
             await self._reconcile(sandbox)
         except Exception:
             log.exception("sandbox %s: its mounts differ from its configuration", sandbox.key)
-        try:
-            await self._egress.open(sandbox, fresh=False)
-        except Exception:
-            log.exception("sandbox %s: nothing leaves it, since its gate cannot be set up", sandbox.key)
+        await self._open_gate(sandbox)
         sandbox.status = "running"
         self._entrypoints.resume(sandbox, record.log_position)
         self._watch(sandbox, workload)
         sandbox.created.set_result(None)
         return True
+
+    async def _open_gate(self, sandbox: Sandbox) -> None:
+        """For a sandbox that runs already: until it is open, nothing leaves."""
+        try:
+            await self._egress.open(sandbox, fresh=False)
+        except Exception:
+            log.exception("sandbox %s: nothing leaves it, since its gate cannot be set up", sandbox.key)
+        if sandbox.status == "stopping":  # meanwhile
+            await self._egress.release(sandbox.id)
+
+    async def open_gates(self) -> None:
+        """Tries again where a gate could not be set up."""
+        for sandbox in self.all():
+            if sandbox.status == "running" and not self._egress.is_open(sandbox.id):
+                await self._open_gate(sandbox)
 
     async def _keep_adopting(self, sandbox: Sandbox, record: SandboxRecord) -> None:
         while sandbox.status == "starting":

@@ -81,7 +81,8 @@ class Core:
         self.journal = Journal(database, self.clock, max_count=500, max_bytes=1 << 20)
         self.tasks = TaskGroup()
         self.planner = MountPlanner(())
-        self.egress = EgressGates(volumes.root.parent / "egress", Dialer(frozenset(), {}), "allow")
+        self.egress_folder = volumes.root.parent / "egress"
+        self.egress = EgressGates(self.egress_folder, Dialer(frozenset(), {}), "allow")
         self.applier = ConfigApplier(self.records, self.planner, self.egress, "allow")
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(

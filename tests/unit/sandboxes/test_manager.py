@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from hiverd.contracts.errors import BackendError, ConflictError, HiverError, InvalidError, NotFoundError
+from hiverd.testing.fakes import FakeWorkload
 from hiverd.wire.config import SandboxConfig, decode_config, with_defaults
 
 
@@ -303,11 +304,29 @@ async def test_only_the_holder_of_the_lease_reaps(open_core):
 async def test_the_sweep_removes_orphans_and_nothing_else(open_core, isolation):
     async with open_core() as core:
         sandbox, _ = await core.obtain("k", config)
-        isolation.workloads["orphan"] = isolation.workloads[sandbox.id]
+        isolation.workloads["orphan"] = FakeWorkload(sandbox.spec)
         await core.volumes.allocate("lost", 7)
+        for name in (sandbox.id, "lost-authority"):
+            (core.egress_folder / name).mkdir(parents=True)
         await core.housekeeping.sweep()
         assert set(isolation.workloads) == {sandbox.id}
         assert await core.volumes.list_owned() == {sandbox.id}
+        assert await core.egress.list_owned() == {sandbox.id}
+        assert sandbox.status == "running"
+
+
+async def test_the_sweep_opens_gates_that_could_not_be_opened(open_core, monkeypatch):
+    async with open_core() as core:
+        sandbox, _ = await core.obtain("k", config)
+        tried: list[tuple[str, bool]] = []
+
+        async def open_gate(sandbox, *, fresh):
+            tried.append((sandbox.key, fresh))
+            raise OSError("not yet")
+
+        monkeypatch.setattr(core.egress, "open", open_gate)
+        await core.housekeeping.sweep()
+        assert tried == [("k", False)]
         assert sandbox.status == "running"
 
 
