@@ -53,7 +53,8 @@ class EgressGates:
     def _authority(self, sandbox: Sandbox, *, install: bool) -> Authority:
         authority = Authority.load_or_make(self._folder / sandbox.id)
         if install:
-            trust.install(sandbox.workload, authority.certificate_pem)
+            environment = {} if sandbox.spec is None else sandbox.spec.env
+            trust.install(sandbox.workload, authority.certificate_pem, environment)
         return authority
 
     def change(self, sandbox: Sandbox) -> None:
