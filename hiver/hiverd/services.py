@@ -15,6 +15,7 @@ from hiverd.clock import SystemClock
 from hiverd.contracts.errors import UnavailableError
 from hiverd.contracts.isolation import BackendContext, Isolation
 from hiverd.egress.dialer import Dialer
+from hiverd.egress.own_api import GATEWAY_NAME, own_api
 from hiverd.egress.upstream_tls import client_context
 from hiverd.files.access import FileAccess
 from hiverd.files.volumes import Volumes
@@ -109,9 +110,10 @@ class Services:
             cpu=settings.sandbox.cpu,
             memory_mib=settings.sandbox.memory_mib,
             pids_max=settings.sandbox.pids_max,
+            gateway_url=f"http://{GATEWAY_NAME}:{settings.server.port}",
         )
         contexts = {"http/1.1": client_context(settings.egress.upstream_ca_files, ["http/1.1"])}
-        dialer = Dialer(frozenset({settings.server.port}), contexts)
+        dialer = Dialer(own_api(settings.server.host, settings.server.port), contexts)
         self.egress = EgressGates(settings.server.data_dir / "egress", dialer, settings.egress.default)
         self.applier = ConfigApplier(self.records, self.planner, self.egress, settings.egress.default, defaults)
         self.execs = Execs(

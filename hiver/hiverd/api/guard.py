@@ -16,7 +16,7 @@ from litestar.types import Scope
 
 from hiverd.contracts.errors import ForbiddenError
 
-LOCAL_NAMES: Final = frozenset({"localhost", "gateway", "gateway.hiver", "host.docker.internal"})
+LOCAL_NAMES: Final = frozenset({"localhost", "host.docker.internal"})
 _NOT_A_PAGE: Final = frozenset({"none"})
 
 

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 from hiverd.egress.addresses import guarded
 from hiverd.egress.names import Address, parse_address
+from hiverd.egress.own_api import OwnApi
 from hiverd.egress.stream import Stream
 from hiverd.egress.upstream_tls import tls_cause
 from hiverd.http.connection import Connection
@@ -35,9 +36,9 @@ class ForbiddenAddressError(Exception):
 class Dialer:
     """One for all sandboxes."""
 
-    def __init__(self, own_ports: frozenset[int], contexts: Mapping[str, ssl.SSLContext]) -> None:
-        """`own_ports`: where this server listens. `contexts`: by ALPN protocol, for TLS."""
-        self._own_ports = own_ports
+    def __init__(self, own_api: OwnApi, contexts: Mapping[str, ssl.SSLContext]) -> None:
+        """`own_api`: where this server listens. `contexts`: by ALPN protocol, for TLS."""
+        self.own_api = own_api
         self._contexts = contexts
 
     async def socket_to(
@@ -93,7 +94,7 @@ class Dialer:
         return allowed
 
     def _own(self, address: Address, port: int) -> str | None:
-        if port in self._own_ports and _is_local(address):
+        if port == self.own_api.port and _is_local(address):
             return "this server itself"
         return None
 

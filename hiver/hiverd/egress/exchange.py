@@ -52,6 +52,7 @@ class Exchange:
         self._head: RequestHead = agent.head
         self._loop = asyncio.get_running_loop()
         self._hosts = self._hosts_of(agent.head)
+        self._own_authority: str | None = None
         self._attempt = Attempt(
             outlet.events,
             host=self._hosts[0],
@@ -110,6 +111,7 @@ class Exchange:
         if rule.source.override_script is not None:
             raise DialError("the rule's override_script cannot be run")  # policy code fails closed (PROTOCOL 0.10)
         upstream = self._outlet.upstream(rule, self._hosts[0], self._way.port, secure=self._way.secure)
+        self._own_authority = upstream.own_authority
         override = rule.source.override
         if override is not None:
             self._attempt.changed_by(overrides.shown_headers(override, self._head.headers), override.host, rule.secrets)
@@ -193,6 +195,9 @@ class Exchange:
         fields = [field for field in end_to_end(self._head.headers) if field[0] not in _REPLACED]
         fields = overrides.headers(override, fields)
         if body is not None:
+            if self._own_authority is not None:
+                # It names the image where the body does not, and a pinned body is to be all there is (PROTOCOL 4.5).
+                fields = [field for field in fields if field[0] != b"x-hiver-image"]
             return [*overrides.without_body_fields(fields), (b"content-length", b"%d" % len(body))]
         if self._head.framing.chunked:
             fields.append((b"transfer-encoding", b"chunked"))
@@ -201,11 +206,12 @@ class Exchange:
         return fields
 
     def _request_head(self, rule: Rule, fields: Headers) -> bytes:
-        """The Host stays the agent's (PROTOCOL 5.5), unless the rule sets it."""
+        """The Host stays the agent's (PROTOCOL 5.5), unless the rule sets it or it is our own API that is asked."""
         head, override = self._head, rule.source.override
         target = "*" if head.path == "*" else overrides.target(override, head.path, head.query)
         if not any(name == b"host" for name, _ in fields):
-            fields = [(b"host", (self._head.host or self._hosts[0]).encode("latin-1")), *fields]
+            host = self._own_authority or self._head.host or self._hosts[0]
+            fields = [(b"host", host.encode("latin-1")), *fields]
         return f"{self._head.method} {target} HTTP/1.1\r\n".encode("latin-1") + field_block(fields) + b"\r\n"
 
     async def _upload(self, connection: Connection) -> None:

@@ -15,6 +15,7 @@ from hiverd.egress.authority import ServerContexts
 from hiverd.egress.dialer import Dialer, DialError
 from hiverd.egress.names import Address, HostError, joined
 from hiverd.egress.overrides import dial_target
+from hiverd.egress.own_api import GATEWAY_NAMES
 from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import Policy, Rule, Verdict
 from hiverd.egress.splice import Splicer
@@ -102,6 +103,9 @@ class Outlet:
     def upstream(self, rule: Rule, host: str, port: int, *, secure: bool) -> Upstream:
         """Where a request that this rule allows goes. Raises `DialError` for an override that names no host."""
         override = rule.source.override
+        own_api = self.dialer.own_api
+        if host in GATEWAY_NAMES and host not in self._rules.hosts and not (override is not None and override.host):
+            return Upstream(False, host, own_api.host, own_api.port, rule.names_host, own_api.authority)
         try:
             target, port = dial_target(override, host, port)
         except HostError as error:

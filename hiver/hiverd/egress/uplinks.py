@@ -22,6 +22,8 @@ class Upstream(NamedTuple):
     port: int
     exact: bool
     """The rule names the host, so guarded addresses may have been dialled."""
+    own_authority: str | None = None
+    """This server's own API: what its requests have for a Host, whatever the agent calls it."""
 
 
 class Uplinks:

@@ -27,12 +27,16 @@ HOST_GATEWAY_ADDRESS: Final = "11.0.0.2"
 """What `host-gateway` in `extra_hosts` becomes inside: an address that only the egress proxy knows (PROTOCOL 5.7 gives
 every other name 11.0.0.1)."""
 HOSTNAME_MAX: Final = 63
+GATEWAY_VARIABLE: Final = "HIVER_GATEWAY_URL"
+"""Where the client in a sandbox looks for the server."""
 
 
 class SpecDefaults(Defaults, frozen=True, kw_only=True):
     """What the operator gives to a configuration that does not say, and cannot say."""
 
     pids_max: int
+    gateway_url: str
+    """This server as it is reached from inside (PROTOCOL 4.1)."""
 
 
 class ImageDefaults(Protocol):
@@ -82,10 +86,19 @@ class SpecBuilder:
             argv=argv,
             tty=tty and not is_keep_alive(argv),
             cwd=config.cwd or image.cwd or "/",
-            env={**trust.ENVIRONMENT, **image.env, **(config.env or {})},
+            env=self._environment(image, config),
             extra_hosts=tuple((name, _address(address)) for name, address in effective_extra_hosts(config)),
             mounts=tuple(mounts),
         )
+
+    def _environment(self, image: Image, config: SandboxConfig) -> dict[str, str]:
+        return {
+            **trust.ENVIRONMENT,
+            GATEWAY_VARIABLE: self._defaults.gateway_url,
+            **image.env,
+            **(config.env or {}),
+            **trust.FORCED_ENVIRONMENT,
+        }
 
     def _with_alias_defaults(self, image: Image, name: str) -> Image:
         """An alias speaks for its image: its words replace the image's own, and a configuration's replace both."""

@@ -12,6 +12,7 @@ import pytest
 from hiverd.clock import SystemClock
 from hiverd.contracts.isolation import BackendContext
 from hiverd.egress.dialer import Dialer
+from hiverd.egress.own_api import OwnApi
 from hiverd.sandboxes.apply import ConfigApplier
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
@@ -28,6 +29,8 @@ from hiverd.state.journal import Journal
 from hiverd.state.records import Records
 from hiverd.testing.fakes import FakeIsolation
 from hiverd.wire.config import SandboxConfig
+
+SPEC_DEFAULTS = SpecDefaults(image="host", cpu=1.0, memory_mib=512, pids_max=64, gateway_url="http://gateway:10000")
 
 
 class MovableClock(SystemClock):
@@ -82,7 +85,7 @@ class Core:
         self.tasks = TaskGroup()
         self.planner = MountPlanner(())
         self.egress_folder = volumes.root.parent / "egress"
-        self.egress = EgressGates(self.egress_folder, Dialer(frozenset(), {}), "allow")
+        self.egress = EgressGates(self.egress_folder, Dialer(OwnApi("127.0.0.1", 10000), {}), "allow")
         self.applier = ConfigApplier(self.records, self.planner, self.egress, "allow")
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(
@@ -90,7 +93,7 @@ class Core:
             volumes=volumes,  # type: ignore[arg-type]
             records=self.records,
             journal=self.journal,
-            specs=SpecBuilder(SpecDefaults(image="host", cpu=1.0, memory_mib=512, pids_max=64), self.planner),
+            specs=SpecBuilder(SPEC_DEFAULTS, self.planner),
             egress=self.egress,
             entrypoints=Entrypoints(self.journal, self.clock, limits, self.tasks),
             clock=self.clock,

@@ -41,3 +41,16 @@ async def test_the_configuration_has_the_last_word(open_core):
 async def test_other_names_get_nothing(open_core):
     spec = await spec_of(open_core, SandboxConfig(image="host"))
     assert (spec.argv, spec.tty, "A" in spec.env) == ((), False, False)
+
+
+async def test_a_sandbox_is_told_where_the_gateway_is_and_whom_to_trust(open_core):
+    spec = await spec_of(open_core, SandboxConfig(image="host"))
+    assert spec.env["HIVER_GATEWAY_URL"] == "http://gateway:10000"
+    assert spec.env["SSL_CERT_FILE"] == spec.env["PIP_CERT"] == "/etc/ssl/certs/ca-certificates.crt"
+
+
+async def test_own_values_win_except_for_what_node_trusts(open_core):
+    own = {"HIVER_GATEWAY_URL": "http://elsewhere", "SSL_CERT_FILE": "/own.pem", "NODE_EXTRA_CA_CERTS": "/own.pem"}
+    spec = await spec_of(open_core, SandboxConfig(image="host", env=own))
+    assert (spec.env["HIVER_GATEWAY_URL"], spec.env["SSL_CERT_FILE"]) == ("http://elsewhere", "/own.pem")
+    assert spec.env["NODE_EXTRA_CA_CERTS"] == "/etc/ssl/certs/sandbox-ca.crt"
