@@ -28,6 +28,9 @@ DEFAULT_VERSIONS: Final = ("0.1.15", "0.1.18", "0.1.20", "0.1.23", "0.1.24", "0.
 ALL_VERSIONS: Final = tuple(f"0.1.{patch}" for patch in range(15, 46) if patch != 19)
 """Every release; 0.1.19 was never made (PROTOCOL 1.1)."""
 
+INSIDE: Final = ("pip", "requests", "httpx", "websockets")
+"""What sandboxes of tests are given besides the client."""
+
 
 def selected_versions() -> tuple[str, ...]:
     """The releases to test: `HIVER_TEST_CLIENTS` is `all` or a list such as `0.1.22,0.1.45`; default the ends."""
@@ -62,17 +65,47 @@ def install(version: str) -> Path:
 
 
 def _install_into(version: str, folder: Path) -> None:
+    _pip_install(folder, "--no-deps", f"{DISTRIBUTION}=={version}")
+
+
+def _pip_install(folder: Path, *arguments: str) -> None:
     with tempfile.TemporaryDirectory(dir=CLIENTS) as scratch:
         subprocess.run(
             [
                 *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-                *("--no-deps", "--no-compile", "--target", f"{scratch}/target", f"{DISTRIBUTION}=={version}"),
+                *("--no-compile", "--target", f"{scratch}/target", *arguments),
             ],
             check=True,
             stdin=subprocess.DEVNULL,
         )
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(f"{scratch}/target", folder)
+
+
+def install_inside() -> Path:
+    """A folder of packages for the Python that sandboxes see, `/usr/bin/python3`: the newest client, and programs of
+    other people that speak HTTP."""
+    asked = "import sys; print('%d.%d' % sys.version_info[:2])"
+    version = subprocess.run(["/usr/bin/python3", "-c", asked], check=True, capture_output=True, text=True).stdout
+    folder = CLIENTS / f"inside-{version.strip()}"
+    with _locked(CLIENTS / ".lock"):
+        if not folder.is_dir():
+            binary = ("--only-binary", ":all:", "--python-version", version.strip())
+            _pip_install(folder, *binary, f"{DISTRIBUTION}=={ALL_VERSIONS[-1]}", *INSIDE)
+    return folder
+
+
+def helper_rules(call: str) -> list[dict[str, Any]]:
+    """What a helper of the newest client returns, as it goes over the wire: `allowed_npm_packages("left-pad")`."""
+    script = (
+        f"import json; from hiver import *; rules = {call}\n"
+        "print(json.dumps([rule.model_dump(exclude_none=True, by_alias=True) for rule in rules]))"
+    )
+    environment = clean_environment({"PYTHONPATH": str(install(ALL_VERSIONS[-1]))})
+    command = [sys.executable, "-P", "-c", script]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    rules: list[dict[str, Any]] = json.loads(output)
+    return rules
 
 
 class ScenarioFailed(AssertionError):  # noqa: N818 -- it is an assertion, made in another process
@@ -149,6 +182,7 @@ def main() -> None:
     """Installs every selected release, so that the tests themselves need no network."""
     for version in selected_versions():
         install(version)
+    install_inside()
 
 
 if __name__ == "__main__":

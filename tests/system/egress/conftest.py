@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from support.clients import CLIENTS
 from support.leaks import marks_of, wait_until_clean
 from support.server import DEFAULT_CONFIG, Server
 from support.upstreams import Authority, HttpUpstream
@@ -61,7 +62,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="session")
 def egress_server(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("egress"), config=DEFAULT_CONFIG + authority.settings)
+    CLIENTS.mkdir(exist_ok=True)
+    config = f'{DEFAULT_CONFIG}[files]\norigin_roots = ["{CLIENTS}"]\n{authority.settings}'
+    server = Server(tmp_path_factory.mktemp("egress"), config=config)
     with server:
         marks = marks_of(server.data_dir)
         yield server
