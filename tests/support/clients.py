@@ -98,7 +98,7 @@ def install_inside() -> Path:
 def helper_rules(call: str) -> list[dict[str, Any]]:
     """What a helper of the newest client returns, as it goes over the wire: `allowed_npm_packages("left-pad")`."""
     script = (
-        f"import json; from hiver import *; rules = {call}\n"
+        f"import json; from hiver import *; from hiver.schemas import *; rules = {call}\n"
         "print(json.dumps([rule.model_dump(exclude_none=True, by_alias=True) for rule in rules]))"
     )
     environment = clean_environment({"PYTHONPATH": str(install(ALL_VERSIONS[-1]))})

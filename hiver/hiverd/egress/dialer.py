@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ Judge = Callable[[Address], bool]
 
 
 class DialError(Exception):
-    """The upstream could not be reached. The text is safe to show."""
+    """The upstream could not be reached. The text is safe to show: where a rule leads is not in it (PROTOCOL 5.5)."""
 
 
 class ForbiddenAddressError(Exception):
@@ -52,7 +53,7 @@ class Dialer:
                 allowed = self._allowed(addresses, port, exact=exact, judge=judge)
                 return await self._first(allowed, port)
         except TimeoutError as error:
-            raise DialError(f"{host} does not answer on port {port}") from error
+            raise DialError("the upstream does not answer") from error
 
     async def secure(self, sock: socket.socket, host: str, connection: Connection) -> None:
         """TLS on a fresh socket, then HTTP/1.1 on it through `connection`. Raises `DialError`."""
@@ -77,7 +78,7 @@ class Dialer:
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise DialError(f"the name {host} does not resolve") from error
+            raise DialError("the upstream's name does not resolve") from error
         return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
 
     def _allowed(self, addresses: Sequence[Address], port: int, *, exact: bool, judge: Judge) -> list[Address]:
@@ -114,7 +115,8 @@ class Dialer:
                 raise
             else:
                 return sock
-        raise DialError(f"cannot connect: {refused.strerror if refused and refused.strerror else 'no address'}")
+        reason = os.strerror(refused.errno) if refused is not None and refused.errno else "no address"
+        raise DialError(f"the upstream cannot be connected to: {reason}")
 
 
 async def _secured(host: str, handshake: Awaitable[_T]) -> _T:

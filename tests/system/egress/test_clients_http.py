@@ -1,4 +1,4 @@
-"""What HTTP can do reaches the agent through the proxy as it would without: bodies, streams, connections, WebSockets."""
+"""What HTTP can do works through the proxy as it would without: bodies, streams, connections, WebSockets."""
 
 from __future__ import annotations
 

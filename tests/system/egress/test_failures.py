@@ -86,6 +86,7 @@ async def test_an_upstream_that_refuses_or_resets(sandboxes: Any, authority: Aut
     refused = await sandbox.run(command)
     assert refused.stdout.startswith("502"), refused
     assert "Connection refused" in refused.stdout
+    assert "127.0.0.1" not in refused.stdout, "where a rule leads is not the agent's to know"
     with resetting(context) as address:
         await sandbox.apply(egress=allow(address))
         reset = await sandbox.run(command)
@@ -128,7 +129,7 @@ async def test_upstreams_that_do_not_answer(sandboxes: Any) -> None:
             sock.close()
     assert output.stdout.count("502") == 2, output
     assert "silent.test does not finish the TLS handshake" in output.stdout
-    assert "deaf.test does not answer" in output.stdout
+    assert "the upstream does not answer" in output.stdout
     assert 9 < seconds < 20
     assert await statuses(sandbox) == [502, 502]
 
@@ -154,7 +155,7 @@ async def test_without_interception_the_agent_sees_the_upstreams_own_certificate
     assert [seen.path for seen in secure.seen] == ["/a"]
     request, response, *_ = await sandbox.events()
     assert (request["method"], request["host"], request["path"]) == ("TLS", "api.test", "/")
-    assert (request["access"], request["upstream"]) == ("allowed", secure.address)
+    assert request["access"] == "allowed"
     assert (response["request_id"], response["status"]) == (request["id"], 200)
     assert "egress.chunk" not in [event["type"] for event in await sandbox.events()]
 
