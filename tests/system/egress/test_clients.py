@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.clients import install_inside
+from support.clients import CLIENTS, install_inside
 from support.registries import bare_repository, git_server
 from support.upstreams import Authority, HttpUpstream, lead
 
@@ -104,3 +105,14 @@ async def test_an_authority_is_known_in_its_sandbox_only(sandboxes: Any) -> None
     assert first in bundle
     assert second not in bundle
     assert "PRIVATE" not in bundle + (await one.run("grep -rl PRIVATE /etc/ssl /root/.pki 2>/dev/null")).stdout
+
+
+async def test_what_is_mounted_into_a_sandbox_does_not_learn_of_its_authority(sandboxes: Any) -> None:
+    with tempfile.TemporaryDirectory(dir=CLIENTS) as folder:
+        shared = Path(folder)
+        (shared / "bundle.pem").write_text("-----BEGIN CERTIFICATE-----\nof the operator\n")
+        mount = {"backend": "local", "mount": "/shared", "origin": folder}
+        sandbox = await sandboxes(fs=[mount], env={"HOME": "/shared", "SSL_CERT_FILE": "/shared/bundle.pem"})
+        assert (await sandbox.run("ls -A /shared")).stdout == "bundle.pem\n"
+        assert "Hiver" not in (shared / "bundle.pem").read_text()
+        assert (shared / "bundle.pem").read_text().count("BEGIN") == 1

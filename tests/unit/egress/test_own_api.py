@@ -11,7 +11,7 @@ from hiverd.egress.own_api import own_api
     ("listens_on", "dialled"),
     [
         ("127.0.0.1", "127.0.0.1"),
-        ("0.0.0.0", "127.0.0.1"),  # noqa: S104 -- as an operator may write it
+        ("0.0.0.0", "127.0.0.1"),
         ("::", "::1"),
         ("192.0.2.7", "192.0.2.7"),
         ("localhost", "localhost"),
