@@ -97,6 +97,16 @@ async def test_nss_lists_the_authority(sandboxes: Any) -> None:
     assert "C,," in output.stdout
 
 
+async def test_chromium_shows_a_page(sandboxes: Any, secure: HttpUpstream) -> None:
+    program = Path("/usr/lib/chromium/chromium")  # its wrapper reads a folder in /etc that sandboxes do not have
+    require(str(program))
+    sandbox = await sandboxes(egress=[lead("api.test", secure)], memory=1500)
+    flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage"
+    output = await sandbox.run(f"timeout 60 {program} {flags} --dump-dom https://api.test/hello")
+    assert "/hello" in output.stdout, output
+    assert secure.seen[0].header("user-agent")
+
+
 async def test_an_authority_is_known_in_its_sandbox_only(sandboxes: Any) -> None:
     one, other = await sandboxes(), await sandboxes()
     first, second = [(await each.run("cat /etc/ssl/certs/sandbox-ca.crt")).stdout for each in (one, other)]
