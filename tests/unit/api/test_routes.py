@@ -256,3 +256,12 @@ async def test_a_client_that_fails_on_new_events_is_recognised(server):
     assert (await first_event())["type"] == "exec.request"
     # A client that reads everything and begins anew later gets everything.
     assert (await first_event())["type"] == "system.start"
+
+
+async def test_a_path_of_files_below_a_key_is_not_taken_for_the_old_form(server):
+    """A rule may open `/sandbox/*/v1/file/**` to an agent, for a sandbox with the key `file` (PROTOCOL 4.5)."""
+    await server.client.post("/v1/sandboxes/victim", json={})
+    answer = await server.client.get("/sandbox/victim/v1/file/etc/hostname")
+    assert answer.status_code == 404
+    assert "victim" in answer.json()["error"]
+    assert (await server.client.get("/sandbox/victim/v1/file?path=/nowhere")).status_code == 404
