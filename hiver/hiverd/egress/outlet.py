@@ -17,6 +17,7 @@ from hiverd.egress.names import Address, HostError, joined
 from hiverd.egress.overrides import dial_target
 from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import Policy, Rule, Verdict
+from hiverd.egress.script_pool import ScriptShare
 from hiverd.egress.splice import Splicer
 from hiverd.egress.uplinks import Uplinks, Upstream
 from hiverd.http.connection import Connection
@@ -41,8 +42,11 @@ class Rules(Struct, frozen=True, kw_only=True):
 class Outlet:
     """Used from one event loop only."""
 
-    def __init__(self, rules: Rules, events: EventSink, dialer: Dialer, contexts: ServerContexts) -> None:
+    def __init__(
+        self, rules: Rules, events: EventSink, dialer: Dialer, contexts: ServerContexts, scripts: ScriptShare
+    ) -> None:
         self.events = events
+        self.scripts = scripts
         self.contexts = contexts
         self.uplinks = Uplinks()
         self.splicer = Splicer()

@@ -12,6 +12,7 @@ import pytest
 from hiverd.clock import SystemClock
 from hiverd.contracts.isolation import BackendContext
 from hiverd.egress.dialer import Dialer
+from hiverd.egress.script_pool import ScriptPool
 from hiverd.sandboxes.apply import ConfigApplier
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
@@ -82,7 +83,7 @@ class Core:
         self.tasks = TaskGroup()
         self.planner = MountPlanner(())
         self.egress_folder = volumes.root.parent / "egress"
-        self.egress = EgressGates(self.egress_folder, Dialer(frozenset(), {}), "allow")
+        self.egress = EgressGates(self.egress_folder, Dialer(frozenset(), {}), ScriptPool(), "allow")
         self.applier = ConfigApplier(self.records, self.planner, self.egress, "allow")
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(
