@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from hiverd.egress.script_frames import (
     CPU_SECONDS,
+    HINT,
     MAX_BODY_BYTES,
     MAX_HEADER_BYTES,
     MAX_HEADERS,
@@ -25,7 +26,7 @@ from hiverd.http.headers import HOP_BY_HOP, canonical, end_to_end
 
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")  # RFC 9110 5.6.2
 _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 5.5
-_HINT: Final = re.compile(r"[a-z #0-9]{1,80}")
+_HINT: Final = re.compile(HINT)
 _UNSEEN: Final = frozenset((b"host", b"content-length", b"expect"))
 """Fields that a script neither sees nor sets: where the request goes, and how it is delimited."""
 _FORBIDDEN: Final = HOP_BY_HOP | {b"host", b"expect"}

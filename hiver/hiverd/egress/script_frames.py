@@ -27,6 +27,14 @@ READY: Final = b"R"
 
 Failure = Literal["syntax", "error", "memory", "headers", "body", "time"]
 
+_TYPE: Final = "(?:nil|boolean|number|string|table|function)"
+HINT: Final = (
+    f"attempt to (?:index|call|concatenate|perform arithmetic on|get length of) a {_TYPE} value"
+    f"|attempt to compare (?:two {_TYPE} values|{_TYPE} with {_TYPE})"
+    "|bad argument #[0-9]{1,3}|malformed (?:pattern|number)|stack overflow"
+)
+"""Regular expression of all that is told of an error's text, which may hold words of the script or what it read."""
+
 
 class Call(Struct, frozen=True, array_like=True):
     """A script and its globals."""
@@ -48,7 +56,7 @@ class Answer(Struct, frozen=True, array_like=True):
     line: int = 0
     """Of the script, where the failure has one; otherwise 0."""
     hint: str = ""
-    """What the interpreter says about it, without any word of the script."""
+    """What the interpreter says about it, as far as `HINT` allows."""
     body: bytes | None = None
     """None: the script left no string there."""
     headers: list[tuple[bytes, bytes]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from typing import Final
 
 import msgspec
@@ -27,10 +28,13 @@ class ScriptPool:
     """One for all sandboxes; used from one event loop only, in the thread that started it."""
 
     def __init__(self, max_workers: int = MAX_WORKERS, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._max_workers = max_workers
         self._idle_seconds = idle_seconds
-        self._room = asyncio.Semaphore(max_workers)
-        self._idle: dict[WorkerProcess, asyncio.TimerHandle] = {}
         self._workers: set[WorkerProcess] = set()
+        self._idle: dict[WorkerProcess, asyncio.TimerHandle] = {}
+        self._settling: set[WorkerProcess] = set()
+        """Have answered, and will be idle in a moment."""
+        self._queue: deque[asyncio.Future[WorkerProcess]] = deque()
         self._closed = False
 
     @property
@@ -38,26 +42,21 @@ class ScriptPool:
         """Of the workers that live."""
         return frozenset(worker.pid for worker in self._workers)
 
+    @property
+    def idle_count(self) -> int:
+        """Of workers that wait for a call."""
+        return len(self._idle)
+
     def share(self) -> ScriptShare:
         """What one sandbox gets of it."""
         return ScriptShare(self)
 
     async def run(self, call: Call) -> Answer:
-        """Raises `ScriptError`."""
-        try:
-            async with asyncio.timeout(QUEUE_SECONDS):
-                await self._room.acquire()
-        except TimeoutError as error:
-            raise ScriptError("no worker was free in time") from error
-        try:
-            worker = self._take()
-        except BaseException:
-            self._room.release()
-            raise
+        """Raises `ScriptError` if there is no answer."""
+        worker = await self._acquire()
         try:
             async with asyncio.timeout(RUN_SECONDS):
-                content = await worker.exchange(frame(call))
-            answer = decode_answer(content)
+                answer = decode_answer(await worker.exchange(frame(call)))
         except TimeoutError as error:
             worker.kill()
             raise ScriptError(f"it gave no answer within {RUN_SECONDS:g} s") from error
@@ -67,43 +66,73 @@ class ScriptPool:
         except BaseException:
             worker.kill()
             raise
+        self._settling.add(worker)
         worker.settle(self._settled, RUN_SECONDS)
         return answer
 
     async def close(self) -> None:
         """Ends all workers, those that run something as well, and waits for that."""
         self._closed = True
+        self._serve_queue()
         workers = tuple(self._workers)
         for worker in workers:
             worker.kill()
         await asyncio.gather(*(worker.ended.wait() for worker in workers))
 
-    def _take(self) -> WorkerProcess:
-        """An idle worker, the one that was used last, or a new one. The caller holds a place in `_room`."""
+    async def _acquire(self) -> WorkerProcess:
+        turn: asyncio.Future[WorkerProcess] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        self._serve_queue()
+        try:
+            async with asyncio.timeout(QUEUE_SECONDS):
+                return await turn
+        except BaseException as error:
+            if not turn.cancelled() and turn.exception() is None:
+                self._settled(turn.result())  # it came at the moment in which the caller left
+            if isinstance(error, TimeoutError):
+                raise ScriptError("no worker was free in time") from error
+            raise
+
+    def _serve_queue(self) -> None:
+        """Whoever waits gets an idle worker; or a new one, if none that has answered is about to be idle."""
+        while self._queue:
+            turn = self._queue[0]
+            if not turn.done():
+                try:
+                    worker = self._free_worker()
+                except ScriptError as error:
+                    turn.set_exception(error)
+                else:
+                    if worker is None:
+                        return
+                    turn.set_result(worker)
+            self._queue.popleft()
+
+    def _free_worker(self) -> WorkerProcess | None:
+        """The idle worker that was used last, or a new one; None: not now. Raises `ScriptError`."""
         if self._closed:
             raise ScriptError("the server stops")
         while self._idle:
             worker, timer = self._idle.popitem()
             timer.cancel()
             if worker.clean:
-                worker.on_end = self._lost
                 return worker
             worker.kill()
+        if self._settling or len(self._workers) >= self._max_workers:
+            return None
         try:
-            worker = WorkerProcess()
+            worker = WorkerProcess(self._lost)
         except OSError as error:
             log.error("no process can be started for an override_script: %s", error.strerror)
             raise ScriptError("its process could not be started") from error
-        worker.on_end = self._lost
         self._workers.add(worker)
         return worker
 
     def _settled(self, worker: WorkerProcess) -> None:
         """All of the run is over, and the worker can take another call."""
-        worker.on_end = self._idle_lost
-        loop = asyncio.get_running_loop()
-        self._idle[worker] = loop.call_later(self._idle_seconds, self._end_idle, worker)
-        self._room.release()
+        self._settling.discard(worker)
+        self._idle[worker] = asyncio.get_running_loop().call_later(self._idle_seconds, self._end_idle, worker)
+        self._serve_queue()
 
     def _end_idle(self, worker: WorkerProcess) -> None:
         del self._idle[worker]
@@ -111,13 +140,11 @@ class ScriptPool:
 
     def _lost(self, worker: WorkerProcess) -> None:
         self._workers.discard(worker)
-        self._room.release()
-
-    def _idle_lost(self, worker: WorkerProcess) -> None:
-        self._workers.discard(worker)
+        self._settling.discard(worker)
         timer = self._idle.pop(worker, None)
         if timer is not None:
             timer.cancel()
+        self._serve_queue()
 
 
 class ScriptShare:
@@ -128,7 +155,7 @@ class ScriptShare:
         self._room = asyncio.Semaphore(MAX_OF_ONE_SANDBOX)
 
     async def run(self, call: Call) -> Answer:
-        """Raises `ScriptError`."""
+        """Raises `ScriptError` if there is no answer."""
         try:
             async with asyncio.timeout(QUEUE_SECONDS):
                 await self._room.acquire()

@@ -38,15 +38,17 @@ class WorkerProcess:
     Raises `OSError` if it cannot be started.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[WorkerProcess], None]) -> None:
+        """`on_end` is called once, when the process is gone."""
         self.ended = asyncio.Event()
-        self.on_end: Callable[[WorkerProcess], None] = lambda _: None
-        """Called once, when the process is gone."""
+        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._calls = 0
         self._runs = 0
         """That the worker has made ready, the next one included."""
         self._killed = False
+        self._exchanging = False
+        self._reaped = False
         self._on_settled: Callable[[WorkerProcess], None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as opened:
@@ -88,6 +90,7 @@ class WorkerProcess:
         After any other exception, cancellation for instance, the worker has to be killed.
         """
         self._calls += 1
+        self._exchanging = True
         try:
             await self._loop.sock_sendall(self._channel, call)
             size = int.from_bytes(await self._receive(SIZE_BYTES))
@@ -96,6 +99,10 @@ class WorkerProcess:
             return await self._receive(size)
         except OSError as error:
             raise WorkerLostError from error
+        finally:
+            self._exchanging = False
+            if self._reaped:
+                self._channel.close()
 
     def settle(self, then: Callable[[WorkerProcess], None], seconds: float) -> None:
         """After an exchange: calls `then` once the run is over and another one can come. Kills the worker if that
@@ -105,7 +112,7 @@ class WorkerProcess:
         self._tell_if_settled()
 
     def kill(self) -> None:
-        """At once, with what it runs. Idempotent; `on_end` is called later."""
+        """At once, with what it runs. Idempotent; it is gone a moment later."""
         self._killed = True
         if not self.ended.is_set():
             with contextlib.suppress(ProcessLookupError):
@@ -139,20 +146,24 @@ class WorkerProcess:
             self._deadline.cancel()
 
     def _reap(self) -> None:
-        """The worker has ended; a run that it leaves behind is on its way to that, by PR_SET_PDEATHSIG.
+        """The worker has ended, and takes a run that it leaves behind with it.
 
-        Such a run becomes a child of ours where this server is a subreaper (the `oci` plug-in makes it one).
+        Such a run is a child of ours then where this server is a subreaper (the `oci` plug-in makes it one).
         """
         self._loop.remove_reader(self._pidfd)
-        status = self._process.wait()
         if not self._killed:
-            log.warning("a worker of override_script ended by itself, with status %d", status)
-        self._killed = True
+            self.kill()
+            log.warning("a worker of override_script has ended by itself")
+        self._process.wait()
+        self._reaped = True
         self._forget_deadline()
         self._loop.remove_reader(self._notices)
-        self._channel.close()
         os.close(self._notices)
         os.close(self._pidfd)
+        if self._exchanging:
+            self._channel.shutdown(socket.SHUT_RDWR)  # wakes up whoever waits for an answer
+        else:
+            self._channel.close()
         self._reap_run()
 
     def _reap_run(self) -> None:
@@ -162,7 +173,7 @@ class WorkerProcess:
             self._loop.call_later(_REAP_SECONDS, self._reap_run)
             return
         self.ended.set()
-        self.on_end(self)
+        self._on_end(self)
 
 
 def _start(channel: int, notices: int) -> subprocess.Popen[bytes]:

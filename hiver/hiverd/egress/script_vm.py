@@ -17,17 +17,11 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from lupa import lua54
 
-from hiverd.egress.script_frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS, MEMORY_BYTES, Answer, Call
+from hiverd.egress.script_frames import HINT, MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS, MEMORY_BYTES, Answer, Call
 
 _MEMORY_ERROR: Final = b"not enough memory"
 _MESSAGE: Final = re.compile(rb"script:([0-9]{1,9}): (.*)", re.DOTALL)
-_HINTS: Final = re.compile(
-    rb"attempt to (?:index|call|concatenate|perform arithmetic on|get length of) an? [a-z]{1,16} value"
-    rb"|attempt to compare (?:two [a-z]{1,16} values|[a-z]{1,16} with [a-z]{1,16})"
-    rb"|bad argument #[0-9]{1,4}"
-    rb"|malformed (?:pattern|number)"
-    rb"|stack overflow"
-)
+_HINT: Final = re.compile(HINT.encode())
 
 _SETUP: Final = (
     rb"""
@@ -166,14 +160,14 @@ class Machine:
 
 
 def _failed(kind: bytes, message: bytes) -> Answer:
-    """Line and kind of an error. Its text is not told: it may hold words of the script, or what the script read."""
+    """Line and kind of an error, without its text."""
     if message.endswith(_MEMORY_ERROR):
         return Answer(failure="memory")
     parts = _MESSAGE.match(message)
     line = 0 if parts is None else int(parts[1])
     if kind == b"syntax":
         return Answer(failure="syntax", line=line)
-    hint = _HINTS.match(message if parts is None else parts[2])
+    hint = _HINT.match(message if parts is None else parts[2])
     return Answer(failure="error", line=line, hint="" if hint is None else hint[0].decode())
 
 

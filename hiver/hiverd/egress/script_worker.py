@@ -28,10 +28,11 @@ def main() -> None:
     """Serves until there is no server any more."""
     script_jail.enter()
     gc.freeze()
+    worker = os.getpid()
     while True:
         pid = os.fork()
         if pid == 0:
-            _run_once()
+            _run_once(worker)
         os.write(_NOTICES, READY)
         status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU):
@@ -41,11 +42,13 @@ def main() -> None:
         _discard_rest()
 
 
-def _run_once() -> NoReturn:
+def _run_once(worker: int) -> NoReturn:
     """In the fork: one call, one answer. What is left of it after the answer is thrown away with the process."""
     status = 1
     try:
         script_jail.die_with_parent()
+        if os.getppid() != worker:
+            os._exit(status)
         os.close(_NOTICES)
         machine = Machine()
         script_jail.enter_run()
