@@ -72,6 +72,23 @@ async def run_of(pool: ScriptPool) -> tuple[int, int]:
     return await until_async(find, seconds=10, what="a worker with a fork")
 
 
+async def idle_run_of(pool: ScriptPool) -> tuple[int, int]:
+    """The only worker and the fork that waits for the next call, ready for it."""
+    await pool.run(call(""))
+    await until_async(lambda: _settled(pool), seconds=10, what="an idle worker")
+    worker, fork = await run_of(pool)
+
+    async def sealed() -> bool:
+        return status_of(fork).get("Seccomp") == "2"
+
+    await until_async(sealed, seconds=10, what="a fork that is ready")
+    return worker, fork
+
+
+async def _settled(pool: ScriptPool) -> bool:
+    return pool.idle_count == 1
+
+
 async def test_a_script_runs(pool: ScriptPool) -> None:
     answer = await pool.run(call('body = b64encode(body) headers["X-B"] = "2"'))
     assert answer.body == b"Ym9keQ=="
@@ -90,10 +107,8 @@ async def test_no_run_finds_a_trace_of_another(pool: ScriptPool) -> None:
 
 
 async def test_a_worker_is_used_again_and_each_run_is_a_process_of_its_own(pool: ScriptPool) -> None:
-    await pool.run(call(""))
-    worker, first = await run_of(pool)
-    await pool.run(call(""))
-    again, second = await run_of(pool)
+    worker, first = await idle_run_of(pool)
+    again, second = await idle_run_of(pool)
     assert worker == again
     assert first != second
 
@@ -133,13 +148,7 @@ async def test_deep_recursion_of_the_interpreter_ends_in_a_failure(pool: ScriptP
 
 
 async def test_workers_have_no_privileges(pool: ScriptPool) -> None:
-    await pool.run(call(""))
-    worker, fork = await run_of(pool)
-
-    async def sealed() -> bool:
-        return status_of(fork).get("Seccomp") == "2"
-
-    await until_async(sealed, seconds=10, what="a fork that is ready")
+    worker, fork = await idle_run_of(pool)
     for pid in (worker, fork):
         status = status_of(pid)
         assert status["NoNewPrivs"] == "1"
@@ -153,13 +162,7 @@ async def test_workers_have_no_privileges(pool: ScriptPool) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="other users' descriptors and limits are shown to root only")
 async def test_workers_have_no_descriptors_no_environment_and_limits(pool: ScriptPool) -> None:
-    await pool.run(call(""))
-    worker, fork = await run_of(pool)
-
-    async def ready() -> bool:
-        return status_of(fork).get("Seccomp") == "2"
-
-    await until_async(ready, seconds=10, what="a fork that is ready")
+    worker, fork = await idle_run_of(pool)
     assert sorted(os.listdir(f"/proc/{worker}/fd")) == ["0", "1", "2"]
     assert sorted(os.listdir(f"/proc/{fork}/fd")) == ["0", "2"]
     assert Path(f"/proc/{worker}/environ").read_bytes() == b""
@@ -266,9 +269,7 @@ async def test_other_children_are_left_to_their_owners(subreaper: None, pool: Sc
 async def test_a_call_that_gets_no_processor_time_is_given_up(
     pool: ScriptPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await pool.run(call(""))
-    await until_async(lambda: _settled(pool), seconds=10, what="an idle worker")
-    worker, fork = await run_of(pool)
+    worker, fork = await idle_run_of(pool)
     monkeypatch.setattr(script_pool, "RUN_SECONDS", 0.3)
     os.kill(fork, signal.SIGSTOP)
     with pytest.raises(ScriptError, match=r"no answer within 0\.3 s"):
@@ -302,8 +303,7 @@ async def test_idle_workers_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_worker_that_died_idle_is_not_missed(pool: ScriptPool) -> None:
     for _ in range(3):
-        await pool.run(call(""))
-        worker, _ = await run_of(pool)
+        worker, _ = await idle_run_of(pool)
         os.kill(worker, signal.SIGKILL)
         await gone(worker)
     assert (await pool.run(call("body = 'next'"))).body == b"next"
@@ -427,10 +427,6 @@ async def test_what_comes_unasked_is_not_taken_for_an_answer(pool: ScriptPool, m
     monkeypatch.undo()
     assert (await pool.run(call("body = 'real'"))).body == b"real"
     assert not first & pool.pids or not any(lives(pid) for pid in first)
-
-
-async def _settled(pool: ScriptPool) -> bool:
-    return pool.idle_count == 1
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
