@@ -160,9 +160,7 @@ class WorkerProcess:
         self._loop.remove_reader(self._notices)
         os.close(self._notices)
         os.close(self._pidfd)
-        if self._exchanging:
-            self._channel.shutdown(socket.SHUT_RDWR)  # wakes up whoever waits for an answer
-        else:
+        if not self._exchanging:  # otherwise whoever waits for an answer is about to see the end
             self._channel.close()
         self._reap_run()
 
