@@ -216,5 +216,15 @@ def version() -> None:
     click.echo(f"hiver {__version__}")
 
 
-COMMANDS: Final[dict[str, Callable[..., Any]]] = dict(main.commands)
+@main.command("script-worker", hidden=True)
+def script_worker() -> None:
+    """Run override scripts for the server that started this process. Not for people."""
+    from hiverd.egress.script_worker import main as work
+
+    work()
+
+
+COMMANDS: Final[dict[str, Callable[..., Any]]] = {
+    name: command for name, command in main.commands.items() if not command.hidden
+}
 """All subcommands, for the test that holds docs/cli.md true."""

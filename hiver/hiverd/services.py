@@ -16,6 +16,7 @@ from hiverd.contracts.errors import UnavailableError
 from hiverd.contracts.isolation import BackendContext, Isolation
 from hiverd.egress.dialer import Dialer
 from hiverd.egress.own_api import GATEWAY_NAME, own_api
+from hiverd.egress.script_pool import ScriptPool
 from hiverd.egress.upstream_tls import client_context
 from hiverd.files.access import FileAccess
 from hiverd.files.volumes import Volumes
@@ -81,6 +82,7 @@ class Services:
         await self.volumes.start()
         stack.push_async_callback(self._close_volumes)
         self._compose()
+        stack.push_async_callback(self.scripts.close)
         stack.push_async_callback(self.egress.close)
         stack.push_async_callback(self.tasks.close)
         stack.callback(self.files.close)
@@ -114,7 +116,8 @@ class Services:
         )
         contexts = {"http/1.1": client_context(settings.egress.upstream_ca_files, ["http/1.1"])}
         dialer = Dialer(own_api(settings.server.host, settings.server.port), contexts)
-        self.egress = EgressGates(settings.server.data_dir / "egress", dialer, settings.egress.default)
+        self.scripts = ScriptPool()
+        self.egress = EgressGates(settings.server.data_dir / "egress", dialer, self.scripts, settings.egress.default)
         self.applier = ConfigApplier(self.records, self.planner, self.egress, settings.egress.default, defaults)
         self.execs = Execs(
             self.journal, self.clock, ExecLimits(max_output_bytes=settings.exec.max_output_bytes, stdio=stdio)

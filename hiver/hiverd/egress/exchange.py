@@ -9,13 +9,14 @@ from typing import Final
 
 from msgspec import Struct
 
-from hiverd.egress import overrides
+from hiverd.egress import overrides, script
 from hiverd.egress.agent import AgentGoneError, AgentSide
 from hiverd.egress.dialer import DialError, ForbiddenAddressError
 from hiverd.egress.names import HostError, split_authority
 from hiverd.egress.outlet import Outlet
 from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import DENIED, Rule, Verdict
+from hiverd.egress.script import ScriptError
 from hiverd.egress.uplinks import Upstream
 from hiverd.egress.websocket import relay_websocket
 from hiverd.http.connection import Connection, UpstreamError
@@ -51,6 +52,7 @@ class Exchange:
         self._agent = agent
         self._head: RequestHead = agent.head
         self._loop = asyncio.get_running_loop()
+        self._edit: script.Edit | None = None
         self._hosts = self._hosts_of(agent.head)
         self._own_authority: str | None = None
         self._attempt = Attempt(
@@ -74,6 +76,10 @@ class Exchange:
         except RequestError as error:
             self._attempt.response(error.status)
             await self._agent.refuse(error.status, str(error))
+        except ScriptError as error:
+            self._attempt.denied(502)
+            self._attempt.message(str(error), None)
+            await self._agent.refuse(502, "egress failed: the request could not be prepared")
         except ForbiddenAddressError as error:
             self._attempt.denied(403)
             await self._refuse_by_policy(str(error))
@@ -108,8 +114,6 @@ class Exchange:
             await self._refuse_by_policy("no rule allows it")
             return
         rule = verdict.rule
-        if rule.source.override_script is not None:
-            raise DialError("the rule's override_script cannot be run")  # policy code fails closed (PROTOCOL 0.10)
         upstream = self._outlet.upstream(rule, self._hosts[0], self._way.port, secure=self._way.secure)
         self._own_authority = upstream.own_authority
         override = rule.source.override
@@ -129,19 +133,45 @@ class Exchange:
     # -- the usual case ---------------------------------------------------------------------------------------------
 
     async def _forward(self, upstream: Upstream, rule: Rule) -> None:
-        override = rule.source.override
-        body: bytes | None = None
-        if override is not None and overrides.replaces_body(override):
-            await self._agent.ask_for_body()
-            sent = await self._agent.whole_body(overrides.MAX_MERGED_BODY_BYTES)
-            self._attempt.request_body(sent)
-            body = overrides.body(override, _decoded(sent, self._head.headers))
+        body = await self._changed_body(rule)
         connection = await self._send_and_await(upstream, rule, body)
         try:
             await self._relay(connection, upstream)
         except BaseException:
             self._outlet.uplinks.discard(connection)
             raise
+
+    async def _changed_body(self, rule: Rule) -> bytes | None:
+        """What is sent instead of the agent's body; None: that body as it comes, or none."""
+        override, code = rule.source.override, rule.source.override_script
+        replaced = override is not None and overrides.replaces_body(override)
+        if not (replaced or code):
+            return None
+        await self._agent.ask_for_body()
+        sent = await self._agent.whole_body(overrides.MAX_MERGED_BODY_BYTES)
+        self._attempt.whole_body(sent)
+        body = sent
+        if override is not None and replaced:
+            body = overrides.body(override, _decoded(sent, self._head.headers))
+        if code:
+            body = await self._run_script(code, rule, body)
+        return body if body or replaced or self._head.has_body else None
+
+    async def _run_script(self, code: str, rule: Rule, body: bytes) -> bytes:
+        """The body that the script leaves; its changes of header fields are kept. Raises `ScriptError`."""
+        head = self._head
+        call = script.call_of(
+            code,
+            method=head.method,
+            host=self._hosts[0],
+            target=self._target(rule),
+            fields=self._overridden(rule),
+            body=body,
+        )
+        edit = script.judge(call, await self._outlet.scripts.run(call))
+        self._edit = edit
+        self._attempt.hide(overrides.secrets_in(value.decode("utf-8", "replace") for _, value in edit.added))
+        return edit.body
 
     async def _send_and_await(self, upstream: Upstream, rule: Rule, body: bytes | None) -> Connection:
         """Sends the request until a final head has come; once more if a kept connection had just been closed."""
@@ -190,15 +220,22 @@ class Exchange:
         if isinstance(outcome, Exception):
             raise outcome
 
-    def _fields(self, rule: Rule, body: bytes | None) -> Headers:
+    def _overridden(self, rule: Rule) -> Headers:
+        """The agent's fields as the rule's override leaves them, without framing."""
         override = rule.source.override
         fields = [field for field in end_to_end(self._head.headers) if field[0] not in _REPLACED]
         fields = overrides.headers(override, fields)
+        return overrides.without_body_fields(fields) if overrides.replaces_body(override) else fields
+
+    def _fields(self, rule: Rule, body: bytes | None) -> Headers:
+        fields = self._overridden(rule)
+        if self._edit is not None:
+            fields = self._edit.headers(fields)
         if body is not None:
             if self._own_authority is not None:
                 # It names the image where the body does not, and a pinned body is to be all there is (PROTOCOL 4.5).
                 fields = [field for field in fields if field[0] != b"x-hiver-image"]
-            return [*overrides.without_body_fields(fields), (b"content-length", b"%d" % len(body))]
+            return [*fields, (b"content-length", b"%d" % len(body))]
         if self._head.framing.chunked:
             fields.append((b"transfer-encoding", b"chunked"))
         elif self._head.framing.content_length is not None:
@@ -207,12 +244,15 @@ class Exchange:
 
     def _request_head(self, rule: Rule, fields: Headers) -> bytes:
         """The Host stays the agent's (PROTOCOL 5.5), unless the rule sets it or it is our own API that is asked."""
-        head, override = self._head, rule.source.override
-        target = "*" if head.path == "*" else overrides.target(override, head.path, head.query)
+        head = self._head
         if not any(name == b"host" for name, _ in fields):
-            host = self._own_authority or self._head.host or self._hosts[0]
+            host = self._own_authority or head.host or self._hosts[0]
             fields = [(b"host", host.encode("latin-1")), *fields]
-        return f"{self._head.method} {target} HTTP/1.1\r\n".encode("latin-1") + field_block(fields) + b"\r\n"
+        return f"{head.method} {self._target(rule)} HTTP/1.1\r\n".encode("latin-1") + field_block(fields) + b"\r\n"
+
+    def _target(self, rule: Rule) -> str:
+        head = self._head
+        return "*" if head.path == "*" else overrides.target(rule.source.override, head.path, head.query)
 
     async def _upload(self, connection: Connection) -> None:
         if self._head.expects_continue:
@@ -262,6 +302,8 @@ class Exchange:
     # -- WebSocket --------------------------------------------------------------------------------------------------
 
     async def _switch_protocols(self, upstream: Upstream, rule: Rule) -> None:
+        if rule.source.override_script and await self._run_script(rule.source.override_script, rule, b""):
+            raise ScriptError("it left a body for a WebSocket's handshake")
         connection = await self._outlet.connect(upstream, rule)
         try:
             fields = [field for field in self._fields(rule, None) if field[0] != b"sec-websocket-extensions"]

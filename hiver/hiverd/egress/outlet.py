@@ -18,6 +18,7 @@ from hiverd.egress.overrides import dial_target
 from hiverd.egress.own_api import GATEWAY_NAMES
 from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import Policy, Rule, Verdict
+from hiverd.egress.script_pool import ScriptShare
 from hiverd.egress.splice import Splicer
 from hiverd.egress.uplinks import Uplinks, Upstream
 from hiverd.http.connection import Connection
@@ -42,8 +43,11 @@ class Rules(Struct, frozen=True, kw_only=True):
 class Outlet:
     """Used from one event loop only."""
 
-    def __init__(self, rules: Rules, events: EventSink, dialer: Dialer, contexts: ServerContexts) -> None:
+    def __init__(
+        self, rules: Rules, events: EventSink, dialer: Dialer, contexts: ServerContexts, scripts: ScriptShare
+    ) -> None:
         self.events = events
+        self.scripts = scripts
         self.contexts = contexts
         self.uplinks = Uplinks()
         self.splicer = Splicer()

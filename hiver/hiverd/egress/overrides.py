@@ -7,17 +7,21 @@ nothing from here goes into an event as it is.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 from hiverd.egress.names import split_authority
 from hiverd.http.framing import Headers
+from hiverd.http.headers import HOP_BY_HOP
 from hiverd.wire.model import EgressOverride
 from hiverd.wire.redaction import REDACTED
 
 MAX_MERGED_BODY_BYTES: Final = 8 * 1024 * 1024
 """Of the agent's body, where it has to be held as a whole."""
 _BODY_FIELDS: Final = frozenset((b"content-length", b"content-encoding", b"transfer-encoding"))
+
+_NEVER_SET: Final = HOP_BY_HOP | {b"content-length", b"expect"}
 
 
 def dial_target(override: EgressOverride | None, host: str, port: int) -> tuple[str, int]:
@@ -39,10 +43,12 @@ def target(override: EgressOverride | None, path: str, query: str | None) -> str
 
 
 def headers(override: EgressOverride | None, fields: Headers) -> Headers:
-    """The fields to send: those of the override in place of all others of their names."""
+    """The fields to send: those of the override in place of all others of their names. Fields that delimit the message
+    or belong to one connection are nobody's to set."""
     if override is None or not override.headers:
         return fields
     added = [(name.lower().encode("latin-1"), value.encode("utf-8")) for name, value in override.headers.items()]
+    added = [field for field in added if field[0] not in _NEVER_SET]
     names = {name for name, _ in added}
     return [*(field for field in fields if field[0] not in names), *added]
 
@@ -80,11 +86,14 @@ def secrets_of(override: EgressOverride | None) -> tuple[str, ...]:
     """Texts that an upstream may send back and events must not show, the longest first."""
     if override is None:
         return ()
-    found: set[str] = set()
-    for values in (override.headers, override.query):
-        found.update((values or {}).values())
+    return secrets_in(value for values in (override.headers, override.query) for value in (values or {}).values())
+
+
+def secrets_in(values: Iterable[str]) -> tuple[str, ...]:
+    """The values and their words, the longest first."""
+    found = set(values)
     for value in list(found):
-        found.update(part for part in value.split() if len(part) >= _SECRET_CHARACTERS)
+        found.update(value.split())
     return tuple(sorted((text for text in found if len(text) >= _SECRET_CHARACTERS), key=len, reverse=True))
 
 

@@ -62,6 +62,15 @@ class Attempt:
             self.event, headers=joined(headers) if self.event.headers is not None else None, upstream=upstream
         )
 
+    def hide(self, secrets: Sequence[str]) -> None:
+        """Further texts that are not to be told."""
+        self._secrets = sorted({*self._secrets, *secrets}, key=len, reverse=True)
+
+    def whole_body(self, body: bytes) -> None:
+        """The agent's body where it is held as a whole, before it is known whether the request is sent."""
+        if self._collecting:
+            self._collected += body[:MAX_BODY_BYTES]
+
     def request_body(self, piece: bytes) -> None:
         """Collects the agent's body; records the request when there is enough of it."""
         if not self._collecting or self._request_id is not None:

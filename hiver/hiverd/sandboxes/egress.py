@@ -16,6 +16,7 @@ from hiverd.egress.gate import GateSockets
 from hiverd.egress.guard import Guard
 from hiverd.egress.names import HostError, canonical_host
 from hiverd.egress.outlet import Outlet, Rules
+from hiverd.egress.script_pool import ScriptPool
 from hiverd.sandboxes import trust
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.config import SandboxConfig, effective_egress, effective_extra_hosts
@@ -30,10 +31,11 @@ log = logging.getLogger(__name__)
 class EgressGates:
     """All gates of this server."""
 
-    def __init__(self, folder: Path, dialer: Dialer, default: Literal["allow", "deny"]) -> None:
+    def __init__(self, folder: Path, dialer: Dialer, scripts: ScriptPool, default: Literal["allow", "deny"]) -> None:
         """`folder` is for the sandboxes' authorities."""
         self._folder = folder
         self._dialer = dialer
+        self._scripts = scripts
         self._default: Literal["allow", "deny"] = default
         self._guards: dict[str, Guard] = {}
 
@@ -47,7 +49,7 @@ class EgressGates:
             gate.set_up(namespace, fresh=fresh), asyncio.to_thread(self._authority, sandbox, install=fresh)
         )
         contexts = ServerContexts(authority, _PROTOCOLS)
-        outlet = Outlet(self._rules(sandbox.config), sandbox.events, self._dialer, contexts)
+        outlet = Outlet(self._rules(sandbox.config), sandbox.events, self._dialer, contexts, self._scripts.share())
         self._guards[sandbox.id] = Guard(sandbox.key, outlet, sockets)
 
     def _authority(self, sandbox: Sandbox, *, install: bool) -> Authority:

@@ -13,6 +13,7 @@ from hiverd.clock import SystemClock
 from hiverd.contracts.isolation import BackendContext
 from hiverd.egress.dialer import Dialer
 from hiverd.egress.own_api import OwnApi
+from hiverd.egress.script_pool import ScriptPool
 from hiverd.sandboxes.apply import ConfigApplier
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
@@ -85,7 +86,8 @@ class Core:
         self.tasks = TaskGroup()
         self.planner = MountPlanner(())
         self.egress_folder = volumes.root.parent / "egress"
-        self.egress = EgressGates(self.egress_folder, Dialer(OwnApi("127.0.0.1", 10000), {}), "allow")
+        dialer = Dialer(OwnApi("127.0.0.1", 10000), {})
+        self.egress = EgressGates(self.egress_folder, dialer, ScriptPool(), "allow")
         self.applier = ConfigApplier(self.records, self.planner, self.egress, "allow")
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(
