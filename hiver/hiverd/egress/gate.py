@@ -25,11 +25,16 @@ SANDBOX_ADDRESS: Final = "11.0.0.2"
 TCP_PORT: Final = 15001
 DNS_PORT: Final = 15053
 LOG_GROUP: Final = 7
+SNAP_BYTES: Final = 96
+"""Of each refused packet, for the record: enough for its addresses and ports."""
 BACKLOG: Final = 512
+_PORT_ATTEMPTS: Final = 8
 
-_SANDBOX_ADDRESS_6: Final = "fd11::2"
+SANDBOX_ADDRESS_6: Final = "fd11::2"
 _SO_ORIGINAL_DST: Final = 80
-_BIND_SECONDS: Final = 5.0
+
+MARK: Final = 0x68697672
+"""Of our sockets in the namespace (SO_MARK). Setting it takes CAP_NET_ADMIN, or CAP_NET_RAW."""
 
 _REPLACE: Final = """
 table inet hiver
@@ -39,24 +44,44 @@ delete table inet hiver
 
 _RULES: Final = """
 table inet hiver {{
+  chain unjudgeable {{
+    type filter hook output priority -150; policy accept;
+    ip option lsrr exists goto refuse
+    ip option ssrr exists goto refuse
+    exthdr rt exists goto refuse
+    ip saddr {listener} ct direction original meta mark != {mark} goto refuse
+  }}
   chain way_in {{
     type nat hook output priority -100; policy accept;
-    ip daddr 127.0.0.0/8 return
-    ip daddr {listener} return
-    meta nfproto ipv4 udp dport 53 dnat ip to {listener}:{dns_port}
+    ip daddr {{ 127.0.0.0/8, {own}, {listener} }} return
+    meta nfproto ipv4 meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {listener}:{dns_port}
     meta nfproto ipv4 meta l4proto tcp dnat ip to {listener}:{tcp_port}
   }}
   chain way_out {{
     type filter hook output priority 0; policy drop;
-    ip daddr 127.0.0.0/8 accept
-    ip6 daddr ::1 accept
-    ct state established,related accept
-    ip daddr {listener} ct status dnat accept
-    log group {log_group} snaplen 96 queue-threshold 1
+    ip daddr {{ 127.0.0.0/8, {own} }} accept
+    ip6 daddr {{ ::1, {own_6} }} accept
+    ct status dnat accept
+    goto refuse
+  }}
+  chain to_us {{
+    type filter hook input priority 0; policy accept;
+    ip daddr {listener} socket mark != {mark} goto refuse
+  }}
+  chain refuse {{
+    log group {log_group} snaplen {snap_bytes} queue-threshold 1
     meta l4proto tcp reject with tcp reset
     reject with icmpx admin-prohibited
   }}
 }}
+"""
+"""Loaded in one transaction.
+
+`unjudgeable`, before addresses are translated: a source route would lead elsewhere than the address says, and a
+connection *from* our address would look like one of ours. `way_out`: what was translated goes to us, by either of the
+rules above; everything else that is not the sandbox talking to itself is refused. `to_us`: while no server runs, the
+workload may take our ports, by the wildcard address too; what was redirected still reaches no socket but one with our
+mark, which takes a capability to set.
 """
 
 
@@ -65,10 +90,12 @@ class GateSockets(Struct, frozen=True):
 
     tcp: socket.socket
     dns: socket.socket
+    dns_tcp: socket.socket
+    """On the same port as `dns`."""
     packet_log: socket.socket
 
     def close(self) -> None:
-        for sock in (self.tcp, self.dns, self.packet_log):
+        for sock in (self.tcp, self.dns, self.dns_tcp, self.packet_log):
             sock.close()
 
 
@@ -108,15 +135,14 @@ def _set_up_inside(namespace: str, *, fresh: bool) -> GateSockets:
         enter_network_namespace(descriptor)
     finally:
         os.close(descriptor)
-    netlink.bring_up_loopback([SANDBOX_ADDRESS, GATE_ADDRESS, _SANDBOX_ADDRESS_6])
+    netlink.bring_up_loopback([SANDBOX_ADDRESS, GATE_ADDRESS, SANDBOX_ADDRESS_6])
     opened: list[socket.socket] = []
     try:
-        opened.append(_bound(socket.SOCK_STREAM, TCP_PORT))
-        opened[0].listen(BACKLOG)
-        opened.append(_bound(socket.SOCK_DGRAM, DNS_PORT))
-        opened.append(netlink.open_packet_log(LOG_GROUP))
-        rules = _rules(tcp_port=_port_of(opened[0]), dns_port=_port_of(opened[1]))
-        nft.load(rules if fresh else _REPLACE + rules)
+        opened.append(_listener(TCP_PORT))
+        opened += _resolver_pair()
+        opened.append(netlink.open_packet_log(LOG_GROUP, SNAP_BYTES))
+        text = rules(tcp_port=_port_of(opened[0]), dns_port=_port_of(opened[1]))
+        nft.load(text if fresh else _REPLACE + text)
     except BaseException:
         for sock in opened:
             sock.close()
@@ -124,25 +150,66 @@ def _set_up_inside(namespace: str, *, fresh: bool) -> GateSockets:
     return GateSockets(*opened)
 
 
-def _rules(*, tcp_port: int, dns_port: int) -> str:
-    return _RULES.format(listener=GATE_ADDRESS, tcp_port=tcp_port, dns_port=dns_port, log_group=LOG_GROUP)
+def rules(*, tcp_port: int, dns_port: int) -> str:
+    """The packet filter of a gate whose listeners have these ports."""
+    return _RULES.format(
+        own=SANDBOX_ADDRESS,
+        own_6=SANDBOX_ADDRESS_6,
+        listener=GATE_ADDRESS,
+        tcp_port=tcp_port,
+        dns_port=dns_port,
+        mark=MARK,
+        log_group=LOG_GROUP,
+        snap_bytes=SNAP_BYTES,
+    )
 
 
-def _bound(kind: socket.SocketKind, port: int) -> socket.socket:
+def _listener(port: int) -> socket.socket:
     """On the port if it is free. The workload may have taken it while no server ran: then on any other."""
-    sock = socket.socket(socket.AF_INET, kind)
     try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((GATE_ADDRESS, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            sock.bind((GATE_ADDRESS, 0))
+        return _listening(port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+    return _listening(0)
+
+
+def _listening(port: int) -> socket.socket:
+    sock = _marked(socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the server before may linger
+        # What a peeking eye skips and a later reader finds must not exist: urgent bytes stay in line (tcp(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sock.bind((GATE_ADDRESS, port))
+        sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
+    return sock
+
+
+def _resolver_pair() -> tuple[socket.socket, socket.socket]:
+    """UDP and TCP on one port."""
+    for port in (DNS_PORT, *[0] * _PORT_ATTEMPTS):
+        listener = _listener(port)
+        # No SO_REUSEADDR: for UDP that would let a workload's socket with the same option share the port.
+        datagrams = _marked(socket.SOCK_DGRAM)
+        try:
+            datagrams.bind((GATE_ADDRESS, _port_of(listener)))
+        except OSError as error:
+            listener.close()
+            datagrams.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return datagrams, listener
+    raise OSError(errno.EADDRINUSE, "the workload holds all ports")
+
+
+def _marked(kind: socket.SocketKind) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, kind)
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
     return sock
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import Final
 
 from hiverd.contracts.isolation import GATE_ADDRESS
-from hiverd.egress import dns, netlink
+from hiverd.egress import netlink
 from hiverd.egress.gate import GateSockets, original_destination
 from hiverd.egress.names import joined
 from hiverd.egress.outlet import Outlet
 from hiverd.egress.recorder import Attempt
+from hiverd.egress.resolver import Resolver
 from hiverd.egress.session import UNKNOWN, Session
 
 MAX_CONNECTIONS: Final = 1024
@@ -37,7 +37,9 @@ class Guard:
         self._sessions: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(MAX_CONNECTIONS)
         self._budget = _Budget(self._loop)
-        self._loop.add_reader(sockets.dns, self._answer_names)
+        self._resolver = Resolver(
+            sockets.dns, sockets.dns_tcp, outlet.names.note, lambda name: self._record("dns", name)
+        )
         self._loop.add_reader(sockets.packet_log, self._record_packets)
         self._accepting = asyncio.create_task(self._accept(), name=f"egress-{key}")
 
@@ -47,14 +49,14 @@ class Guard:
 
     async def close(self) -> None:
         """Cuts everything. Idempotent."""
-        self._loop.remove_reader(self._sockets.dns)
         self._loop.remove_reader(self._sockets.packet_log)
         tasks = [self._accepting, *self._sessions]
         for task in tasks:
             task.cancel()
         self.outlet.close()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._sockets.close()
+        await asyncio.gather(*tasks, self._resolver.close(), return_exceptions=True)
+        # Closing a socket of the packet filter's kind can wait for the kernel to free rules of any namespace.
+        await asyncio.to_thread(self._sockets.close)
 
     async def _accept(self) -> None:
         while True:
@@ -87,24 +89,6 @@ class Guard:
         self._room.release()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("egress %s: a connection failed unexpectedly", self._key, exc_info=error)
-
-    def _answer_names(self) -> None:
-        for _ in range(_DATAGRAMS_PER_TURN):
-            try:
-                query, peer = self._sockets.dns.recvfrom(_DATAGRAM_BYTES)
-            except OSError:
-                return
-            answered = dns.answer(query)
-            if answered is None:
-                self._record("dns", "malformed")
-                continue
-            answer, question = answered
-            if question.suspicious:
-                self._record("dns", question.name)
-            else:
-                self.outlet.names.note(question.name)
-            with contextlib.suppress(OSError):
-                self._sockets.dns.sendto(answer, peer)
 
     def _record_packets(self) -> None:
         for _ in range(_DATAGRAMS_PER_TURN):

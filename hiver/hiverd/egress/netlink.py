@@ -7,14 +7,16 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 from msgspec import Struct
 
 LOOPBACK_INDEX: Final = 1
 
-_RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE = 16, 20, 24
+_RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_GETROUTE = 16, 20, 24, 26
+_LOCAL, _ANYCAST = 2, 4
+_REQUEST: Final = 0x1
 _REQUEST_ACK: Final = 0x1 | 0x4
 _CREATE: Final = 0x400
 _IFF_UP: Final = 1
@@ -23,7 +25,6 @@ _HEADER: Final = struct.Struct("=IHHII")
 _NETLINK_NETFILTER: Final = 12
 _NFLOG_PACKET, _NFLOG_CONFIG = 0x400, 0x401
 _COPY_PACKET: Final = 2
-_SNAP_BYTES: Final = 96
 
 
 def bring_up_loopback(addresses: Sequence[str]) -> None:
@@ -44,20 +45,33 @@ def bring_up_loopback(addresses: Sequence[str]) -> None:
             _ask(link, _RTM_NEWROUTE, _CREATE, route, may_fail=bits == 128)
 
 
-def open_packet_log(group: int) -> socket.socket:
-    """A socket that receives every packet that the rules log to that NFLOG group, at once. Non-blocking."""
+def open_packet_log(group: int, snap_bytes: int) -> socket.socket:
+    """A socket that receives every packet that the rules log to that NFLOG group, at once, cut to
+    `snap_bytes`. Non-blocking."""
     log = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
     try:
         log.bind((0, 0))
         head = struct.pack("!BBH", socket.AF_UNSPEC, 0, group)
         _ask(log, _NFLOG_CONFIG, 0, head + _attribute(1, b"\x01"))
-        _ask(log, _NFLOG_CONFIG, 0, head + _attribute(2, struct.pack("!IBx", _SNAP_BYTES, _COPY_PACKET)))
+        _ask(log, _NFLOG_CONFIG, 0, head + _attribute(2, struct.pack("!IBx", snap_bytes, _COPY_PACKET)))
         _ask(log, _NFLOG_CONFIG, 0, head + _attribute(5, struct.pack("!I", 1)))
         log.setblocking(False)
     except BaseException:
         log.close()
         raise
     return log
+
+
+def is_local(address: IPv4Address | IPv6Address) -> bool:
+    """Whether the kernel would deliver to this host what is sent to the address. False if it has no way there."""
+    family, bits = (socket.AF_INET, 32) if address.version == 4 else (socket.AF_INET6, 128)
+    request = struct.pack("=BBBBBBBBI", family, bits, 0, 0, 0, 0, 0, 0, 0) + _attribute(1, address.packed)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as link:
+        link.send(_HEADER.pack(_HEADER.size + len(request), _RTM_GETROUTE, _REQUEST, 1, 0) + request)
+        for kind, route in _messages(link.recv(16384)):
+            if kind == _RTM_NEWROUTE:
+                return route[7] in (_LOCAL, _ANYCAST)
+    return False
 
 
 class Packet(Struct, frozen=True):
@@ -111,6 +125,8 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 _PROTOCOLS: Final = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 58: "icmp", 132: "sctp", 136: "udplite"}
 _WITH_PORTS: Final = frozenset((6, 17, 33, 132, 136))
+_EXTENSIONS: Final = frozenset((0, 43, 60))
+"""IPv6 headers in front of the transport's: hop-by-hop, routing, destination options (RFC 8200 4)."""
 
 
 def _packet(data: bytes) -> Packet | None:
@@ -119,6 +135,8 @@ def _packet(data: bytes) -> Packet | None:
         number, start, address = data[9], (data[0] & 15) * 4, data[16:20]
     elif version == 6 and len(data) >= 40:
         number, start, address = data[6], 40, data[24:40]
+        while number in _EXTENSIONS and len(data) >= start + 2:
+            number, start = data[start], start + (data[start + 1] + 1) * 8
     else:
         return None
     port = int.from_bytes(data[start + 2 : start + 4]) if number in _WITH_PORTS and len(data) >= start + 4 else None
