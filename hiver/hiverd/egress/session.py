@@ -17,6 +17,7 @@ from hiverd.egress.exchange import Exchange, Way
 from hiverd.egress.first_bytes import Kind, classify
 from hiverd.egress.hello import ACCESS_DENIED, DECODE_ERROR, INTERNAL_ERROR, ClientHello, HelloError, alert, read_hello
 from hiverd.egress.names import joined
+from hiverd.egress.openings import FIRST_BYTES_SECONDS, first_kind, opening, upstream_speaks_first
 from hiverd.egress.outlet import Outlet
 from hiverd.egress.peek import Peeker
 from hiverd.egress.recorder import Attempt
@@ -24,10 +25,6 @@ from hiverd.egress.rules import Rule, Verdict
 from hiverd.egress.stream import Stream, relay
 from hiverd.http.requests import RequestError
 
-FIRST_BYTES_SECONDS: Final = 20.0
-"""For the whole of a ClientHello, or enough of a request to tell that it is one."""
-SILENCE_SECONDS: Final = 0.3
-"""After which a silent client is taken for one of a protocol in which the server speaks first."""
 UNKNOWN: Final = "?"
 """The method on record for what is neither HTTP nor TLS."""
 
@@ -41,6 +38,7 @@ class Session:
         self._sock = sock
         self._address = address
         self._port = port
+        self._host: str | None = None
         self._stream: Stream | None = None
 
     async def run(self) -> None:
@@ -63,32 +61,20 @@ class Session:
 
     async def _serve(self) -> None:
         peeker = Peeker(self._sock)
-        kind = await self._first_kind(peeker)
+        kind = await opening(peeker)
+        if kind == "silent":
+            if await self._greeted(peeker):
+                return
+            kind = await first_kind(peeker)
         if kind == "tls":
             await self._serve_tls(peeker)
         elif kind == "http":
             self._stream = await Stream.over(self._sock)
             await self._serve_http(Way(secure=False, address=self._address, port=self._port, name=None))
         elif kind == "opaque":
-            await self._serve_opaque()
-
-    async def _first_kind(self, peeker: Peeker) -> Kind | None:
-        """None if the client closed without a word."""
-        try:
-            async with asyncio.timeout(SILENCE_SECONDS):
-                more = await peeker.more()
-        except TimeoutError:
-            return "opaque"
-        if not more:
-            return None
-        try:
-            async with asyncio.timeout(FIRST_BYTES_SECONDS):
-                while (kind := classify(peeker.data)) is None:
-                    if not await peeker.more():
-                        return "opaque"
-        except TimeoutError:
-            return "opaque"
-        return kind
+            await self._serve_opaque(self._opaque_host())
+        elif kind == "refused":
+            self._attempt(joined(self._address, self._port), UNKNOWN).denied(0)
 
     # -- HTTP -------------------------------------------------------------------------------------------------------
 
@@ -135,6 +121,10 @@ class Session:
             await self._alert(ACCESS_DENIED, "no rule allows it")
         elif self._outlet.mitm:
             await self._intercept(host)
+        elif hello.encrypted:
+            # What its inner hello names would be reached by whoever holds the key, unseen.
+            attempt.denied(0)
+            await self._alert(ACCESS_DENIED, "an encrypted hello cannot be judged")
         else:
             await self._splice(host, verdict.rule, judge, attempt)
 
@@ -162,6 +152,8 @@ class Session:
             await self._serve_http(way)
         elif kind == "opaque":
             await self._relay_opaque(host, self._stream)
+        elif kind is not None:
+            self._attempt(joined(host, self._port), UNKNOWN).denied(0)
 
     async def _inner_kind(self, stream: Stream) -> Kind | None:
         """What is spoken inside TLS; what was read to tell is given back."""
@@ -174,9 +166,9 @@ class Session:
                         return "opaque" if data else None
                     data += more
         except TimeoutError:
-            kind = "opaque"
+            kind = "refused" if data else "opaque"
         stream.unread = data
-        return "opaque" if kind == "tls" else kind
+        return kind
 
     async def _splice(self, host: str, rule: Rule, judge: Callable[[], Verdict], attempt: Attempt) -> None:
         """Untouched bytes, once the upstream is reached (PROTOCOL 0.11)."""
@@ -203,15 +195,43 @@ class Session:
 
     # -- anything else ----------------------------------------------------------------------------------------------
 
-    async def _serve_opaque(self) -> None:
-        host = self._address
-        if host == RESOLVER_ADDRESS:
-            host = self._outlet.names.take_single() or host
+    async def _serve_opaque(self, host: str) -> None:
         found = await self._dial_opaque(host, self._has_closed, secure=False)
         if found is not None:
             sock, attempt = found
             attempt.response(200)
             await self._join(sock, lambda: self._judge_opaque(host).allowed)
+
+    async def _greeted(self, peeker: Peeker) -> bool:
+        """Lets an upstream that speaks first do so, if a rule allows bytes that are no requests. False if the agent
+        has begun meanwhile, or is to begin: what it says then decides."""
+        host = self._opaque_host()
+        rule = self._judge_opaque(host).rule
+        if rule is None or not rule.allows:
+            return False
+        try:
+            sock = await self._outlet.socket_to(self._outlet.upstream(rule, host, self._port, secure=False), rule)
+        except (DialError, ForbiddenAddressError):
+            await self._serve_opaque(host)  # which finds the same, and records it
+            return True
+        try:
+            if not await upstream_speaks_first(peeker, sock):
+                return False
+            attempt = self._attempt(joined(host, self._port), UNKNOWN)
+            attempt.request("allowed")
+            attempt.response(200)
+            self._stream = await Stream.over(self._sock)
+            await self._relay(host, self._stream, await Stream.to(sock))
+        finally:
+            sock.close()
+        return True
+
+    def _opaque_host(self) -> str:
+        """The address, or the one name that was just resolved."""
+        if self._host is None:
+            name = self._outlet.names.take_single() if self._address == RESOLVER_ADDRESS else None
+            self._host = name or self._address
+        return self._host
 
     async def _relay_opaque(self, host: str, stream: Stream) -> None:
         """What is no HTTP within TLS goes to the upstream within TLS."""
@@ -225,9 +245,20 @@ class Session:
             attempt.response(502)
             return
         attempt.response(200)
+        await self._relay(host, stream, other)
+
+    async def _relay(self, host: str, stream: Stream, other: Stream) -> None:
+        """For an agent that may not have spoken yet."""
+
+        def admit(begun: bytes) -> bool | None:
+            kind = classify(begun)
+            if kind not in (None, "opaque"):
+                self._attempt(joined(host, self._port), UNKNOWN).denied(0)
+            return None if kind is None else kind == "opaque"
+
         try:
             with self._outlet.tunnel(lambda: self._judge_opaque(host).allowed, other.abort):
-                await relay(stream, other)
+                await relay(stream, other, admit)
         finally:
             other.abort()
             stream.abort()

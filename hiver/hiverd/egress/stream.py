@@ -224,9 +224,14 @@ class Stream(asyncio.BufferedProtocol):
             tell()
 
 
-async def relay(one: Stream, other: Stream) -> None:
-    """Bytes as they are, both ways, until both directions have ended or one side breaks off."""
-    tasks = [asyncio.ensure_future(_pump(one, other)), asyncio.ensure_future(_pump(other, one))]
+Admit = Callable[[bytes], bool | None]
+"""Judges how a stream begins; None: more bytes are needed to tell."""
+
+
+async def relay(one: Stream, other: Stream, admit: Admit | None = None) -> None:
+    """Bytes as they are, both ways, until both directions have ended or one side breaks off; also if `admit` refuses
+    what `one` begins with."""
+    tasks = [asyncio.ensure_future(_pump(one, other, admit)), asyncio.ensure_future(_pump(other, one))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
@@ -235,9 +240,24 @@ async def relay(one: Stream, other: Stream) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(source: Stream, target: Stream) -> None:
+async def _pump(source: Stream, target: Stream, admit: Admit | None = None) -> None:
+    if admit is not None and not await _admitted(source, admit):
+        raise ConnectionAbortedError
     while data := await source.read():
         await target.write(data)
     target.end()
     if not target.half_closes:
         raise ConnectionAbortedError
+
+
+async def _admitted(source: Stream, admit: Admit) -> bool:
+    """Whether the source may go on. What was read to tell is given back."""
+    begun = b""
+    while data := await source.read():
+        begun += data
+        admitted = admit(begun)
+        if admitted is not None:
+            source.unread = begun
+            return admitted
+    source.unread = begun
+    return True
