@@ -7,6 +7,7 @@ import gc
 import socket
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import uvloop
 
 from hiverd.contracts.errors import HiverError, UnavailableError
@@ -27,6 +28,10 @@ def run(settings: Settings) -> int:
 
 async def _serve(settings: Settings) -> int:
     listener = _listen(settings.server.host, settings.server.port)
+    # From here on everything knows the true port, also if the kernel chose it: requests are told from web pages' by
+    # it, and no sandbox may dial it.
+    server = msgspec.structs.replace(settings.server, port=listener.getsockname()[1])
+    settings = msgspec.structs.replace(settings, server=server)
     services = Services(settings)
     # The trial of the runtime waits for other processes while Litestar is being imported.
     importing = asyncio.get_running_loop().run_in_executor(None, _import_serve)

@@ -207,7 +207,8 @@ class Workload(abc.ABC):
     @property
     @abc.abstractmethod
     def network_namespace(self) -> str | None:
-        """Path of an nsfs file for `setns`, valid while the workload lives; None where there is none to enter."""
+        """Path of an nsfs file for `setns`, valid while the workload lives. None: the workload has no network at
+        all, so that there is nothing to guard."""
 
     @property
     def ingress_addresses(self) -> tuple[str, ...]:

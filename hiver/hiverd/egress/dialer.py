@@ -7,11 +7,12 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 from typing import Final, TypeVar
 
 from hiverd.egress.addresses import guarded
 from hiverd.egress.names import Address, parse_address
+from hiverd.egress.netlink import is_local
 from hiverd.egress.own_api import OwnApi
 from hiverd.egress.stream import Stream
 from hiverd.egress.upstream_tls import tls_cause
@@ -19,7 +20,6 @@ from hiverd.http.connection import Connection
 
 DIAL_SECONDS: Final = 10.0
 """For resolving and connecting together (PROTOCOL 5.4)."""
-_DISCARD_PORT: Final = 9
 _T = TypeVar("_T")
 
 Judge = Callable[[Address], bool]
@@ -74,12 +74,12 @@ class Dialer:
     async def _addresses(self, host: str, port: int) -> list[Address]:
         literal = parse_address(host)
         if literal is not None:
-            return [literal]
+            return [_plain(literal)]
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise DialError("the upstream's name does not resolve") from error
-        return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+        return [_plain(ip_address(str(entry[4][0]).partition("%")[0])) for entry in found]
 
     def _allowed(self, addresses: Sequence[Address], port: int, *, exact: bool, judge: Judge) -> list[Address]:
         allowed: list[Address] = []
@@ -95,7 +95,7 @@ class Dialer:
         return allowed
 
     def _own(self, address: Address, port: int) -> str | None:
-        if port == self.own_api.port and _is_local(address):
+        if port == self.own_api.port and is_local(address):
             return "this server itself"
         return None
 
@@ -132,12 +132,6 @@ async def _secured(host: str, handshake: Awaitable[_T]) -> _T:
         raise DialError(f"{host} broke off the TLS handshake") from error
 
 
-def _is_local(address: Address) -> bool:
-    """Whether the address is one of this host: then the kernel also sends from it."""
-    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((str(address), _DISCARD_PORT))
-        except OSError:
-            return False
-        source: str = probe.getsockname()[0]
-        return ip_address(source.partition("%")[0]) == address
+def _plain(address: Address) -> Address:
+    """A mapped IPv6 address is the IPv4 address in it: the kernel dials that."""
+    return address if isinstance(address, IPv4Address) else address.ipv4_mapped or address

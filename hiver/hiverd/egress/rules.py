@@ -91,8 +91,10 @@ class Policy:
         return self._target(host, port).opaque
 
     def judge_request(self, host: str, port: int, method: str, path: str) -> Verdict:
-        """`path` is raw, without the query. All its readings must be decided by one rule."""
+        """`path` is raw, without the query. All its readings must be decided by one rule. Methods are compared without
+        regard to case (PROTOCOL 5.1): `get` may be GET to an upstream."""
         target = self._target(host, port)
+        method = method.upper()
         if not target.has_paths:
             return target.judge(method, "/")
         first, *others = [target.judge(method, reading) for reading in path_readings(path)]
