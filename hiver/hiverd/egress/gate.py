@@ -62,11 +62,12 @@ table inet hiver {{
     ip daddr {{ 127.0.0.0/8, {own} }} accept
     ip6 daddr {{ ::1, {own_6} }} accept
     ct status dnat accept
+    ip daddr {listener} ct direction reply accept
     goto refuse
   }}
   chain to_us {{
     type filter hook input priority 0; policy accept;
-    ip daddr {listener} socket mark != {mark} goto refuse
+    ip daddr {listener} ct direction original socket mark != {mark} goto refuse
   }}
   chain refuse {{
     log group {log_group} snaplen {snap_bytes} queue-threshold 1
@@ -79,7 +80,8 @@ table inet hiver {{
 
 `unjudgeable`, before addresses are translated: a source route would lead elsewhere than the address says, and a
 connection *from* our address would look like one of ours. `way_out`: what was translated goes to us, by either of the
-rules above; everything else that is not the sandbox talking to itself is refused. `to_us`: while no server runs, the
+rules above; everything else that is not the sandbox talking to itself is refused; replies to our address are the
+resets that refusals send. `to_us`: while no server runs, the
 workload may take our ports, by the wildcard address too; what was redirected still reaches no socket but one with our
 mark, which takes a capability to set.
 """
