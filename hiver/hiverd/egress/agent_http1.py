@@ -166,7 +166,8 @@ class Http1Agent(AgentSide):
         fields: Headers = [(b"content-length", b"%d" % len(content)), (b"connection", b"close")]
         if content:
             fields.append((b"content-type", b"text/plain; charset=utf-8"))
-        if self._parser.head is not None and self.head.method == "HEAD":
+        head = self._parser.head  # of a request whose body is wrong from its first byte, only the parser knows it
+        if head is not None and head.method == "HEAD":
             content = b""
         await self._stream.write(status_line(status) + field_block(fields) + b"\r\n" + content)
 

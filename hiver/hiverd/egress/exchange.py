@@ -209,8 +209,11 @@ class Exchange:
             return
         timer = self._loop.call_later(RECORD_SECONDS, self._attempt.request, "allowed")
         upload = asyncio.create_task(self._upload(connection), name="egress-upload")
+        failure: UpstreamError | None = None
         try:
             await connection.response()
+        except UpstreamError as error:
+            failure = error
         finally:
             timer.cancel()
             if not upload.done():
@@ -218,7 +221,9 @@ class Exchange:
                 upload.cancel()
             outcome = (await asyncio.gather(upload, return_exceptions=True))[0]
         if isinstance(outcome, Exception):
-            raise outcome
+            raise outcome  # the cause, also of the upstream's failure
+        if failure is not None:
+            raise failure
 
     def _overridden(self, rule: Rule) -> Headers:
         """The agent's fields as the rule's override leaves them, without framing."""
