@@ -26,12 +26,14 @@ async def opening(peeker: Peeker) -> Kind | Literal["silent"] | None:
 
 
 async def first_kind(peeker: Peeker) -> Kind | None:
-    """The same for an agent that has begun, or must: what stays undecided for too long is refused, since its next bytes
-    could make a request of it."""
+    """The same for an agent that has begun, or must. What stays undecided for too long, or cannot be seen, is refused:
+    the next bytes could make a request of it."""
     try:
         async with asyncio.timeout(FIRST_BYTES_SECONDS):
             while (kind := classify(peeker.data)) is None:
                 if not await peeker.more():
+                    if peeker.blocked:
+                        return "refused"
                     return "opaque" if peeker.data else None
     except TimeoutError:
         return "refused"

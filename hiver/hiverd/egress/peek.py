@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import sys
+import termios
 from typing import Final
 
 PEEK_BYTES: Final = 32 * 1024
@@ -16,6 +19,8 @@ class Peeker:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self.data = b""
+        self.blocked = False
+        """No more can be seen although there is more: behind an urgent byte (tcp(7)), or beyond `PEEK_BYTES`."""
 
     async def more(self) -> bool:
         """Waits for more bytes than were seen; False if no more will come. Raises `OSError` for a broken connection."""
@@ -34,7 +39,13 @@ class Peeker:
             return True
         grown = len(seen) > len(self.data)
         self.data = seen
+        self.blocked = not grown and self._unread_bytes() > len(seen)
         return grown
+
+    def _unread_bytes(self) -> int:
+        """All that has arrived. Urgent bytes are counted where they stay in line, as ours do."""
+        answer = fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4))
+        return int.from_bytes(answer, sys.byteorder)
 
 
 def _set(ready: asyncio.Future[None]) -> None:

@@ -14,6 +14,7 @@ PIPE_BYTES: Final = 1 << 20
 _F_SETPIPE_SZ: Final = 1031  # fcntl has the name from Python 3.10 on, where the C library had it at build time
 _FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _MAX_FREE: Final = 16
+_CARRIED_BYTES: Final = 64 * 1024
 
 
 class _Pipe(NamedTuple):
@@ -69,10 +70,12 @@ class Splicer:
         pipe = self._free.pop() if self._free else _Pipe.make()
         held = 0
         try:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 held = os.splice(source.fileno(), pipe.writer, PIPE_BYTES, flags=_FLAGS)
-                if not held:
-                    return False
+            except BlockingIOError:
+                return await self._carry(source, target)
+            if not held:
+                return False
             while held:
                 try:
                     held -= os.splice(pipe.reader, target.fileno(), held, flags=_FLAGS)
@@ -84,6 +87,17 @@ class Splicer:
             else:
                 self._free.append(pipe)
         return True
+
+    async def _carry(self, source: socket.socket, target: socket.socket) -> bool:
+        """The same for what makes a socket readable and is not spliced: urgent bytes (tcp(7)). Without this, one of
+        them would keep the loop turning."""
+        try:
+            data = source.recv(_CARRIED_BYTES)
+        except BlockingIOError:
+            return True
+        if data:
+            await self._loop.sock_sendall(target, data)
+        return bool(data)
 
     async def _ready(
         self, add: Callable[..., object], remove: Callable[[socket.socket], object], sock: socket.socket

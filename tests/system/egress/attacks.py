@@ -17,7 +17,8 @@ def attack(function, *arguments, name=None):
     try:
         outcome = function(*arguments)
     except OSError as error:
-        outcome = errno.errorcode.get(error.errno, type(error).__name__)
+        number = None if isinstance(error, ssl.SSLError) else error.errno
+        outcome = errno.errorcode.get(number, type(error).__name__)
     outcomes[name or function.__name__] = outcome
 
 def syscall(number, *arguments):

@@ -298,6 +298,13 @@ def slowly(*pieces, pause):
         except ConnectionResetError:
             answer += b"[reset]"
         return answer.decode()
+def urgently(before, urgent, after):
+    with socket.create_connection((WHOLE, 80)) as sock:
+        sock.sendall(before)
+        sock.send(urgent, socket.MSG_OOB)
+        sock.sendall(after)
+        sock.shutdown(socket.SHUT_WR)
+        return sock.recv(100).decode()
 WHOLE = "9.9.9.9"
 cases = {
     "after silence": (EVIL, 0.6),
@@ -310,6 +317,7 @@ cases = {
 with ThreadPoolExecutor(8) as pool:
     for name, (payload, pause) in cases.items():
         pool.submit(attack, lambda payload=payload, pause=pause: slowly(payload, pause=pause), name=name)
+    pool.submit(attack, lambda: urgently(b"GE", b"T", EVIL[3:]), name="an urgent byte")
     pool.submit(attack, lambda: slowly(b"GE", b"T" + EVIL[3:], pause=0.2), name="in pieces")
 outcomes["something else"] = slowly(b"something else\\n", pause=0)
 """
