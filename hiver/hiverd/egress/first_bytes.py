@@ -25,9 +25,9 @@ _OTHER_RECORDS: Final = b"\x14\x15\x17"
 """Some TLS servers drop a warning in front of the hello."""
 _WHITE_SPACE: Final = b" \t\r\n"
 """What HTTP servers skip in front of a request."""
-_LIKE_A_REQUEST: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:\Z|[ \t][^\0\n]*)")
+_LIKE_A_REQUEST: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:\Z|[ \t])")
 _VERSION: Final = re.compile(rb"[ \t]HTTP/[0-9]", re.IGNORECASE)
-_REFUSED: Final = (b"CONNECT ", b"PRI * HTTP/2.", b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN")
+_REFUSED: Final = (b"CONNECT ", b"PRI * ", b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN")
 _SSL_2: Final = ((2, b"\x01"), (3, b"\x00\x02\x03"))
 """Behind two bytes of length, the first with its high bit set: 1 for a hello, and the version (RFC 5246 E.2)."""
 _PROXY_2: Final = b"\r\n\r\n\x00\r\nQUIT\n"
