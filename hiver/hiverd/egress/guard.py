@@ -17,9 +17,10 @@ from hiverd.egress.session import UNKNOWN, Session
 
 MAX_CONNECTIONS: Final = 1024
 """Of one sandbox at a time; further ones wait in the listener's backlog."""
+RECORDS_PER_SECOND: Final = 50
+"""Of rejected packets and questions of one sandbox."""
 _DATAGRAM_BYTES: Final = 64 * 1024
 _DATAGRAMS_PER_TURN: Final = 32
-_RECORDS_PER_SECOND: Final = 50
 _ACCEPT_PAUSE_SECONDS: Final = 0.1
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Guard:
         if self._budget.take():
             Attempt(self.outlet.events, host=host, method=UNKNOWN, path=f"/{protocol}").denied(0)
         elif self._budget.first_refusal():
-            log.warning("egress %s: more than %d rejected packets a second", self._key, _RECORDS_PER_SECOND)
+            log.warning("egress %s: more than %d rejected packets a second", self._key, RECORDS_PER_SECOND)
 
 
 class _Budget:
@@ -121,7 +122,7 @@ class _Budget:
         if second != self._second:
             self._second, self._taken = second, 0
         self._taken += 1
-        return self._taken <= _RECORDS_PER_SECOND
+        return self._taken <= RECORDS_PER_SECOND
 
     def first_refusal(self) -> bool:
-        return self._taken == _RECORDS_PER_SECOND + 1
+        return self._taken == RECORDS_PER_SECOND + 1

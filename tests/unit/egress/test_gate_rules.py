@@ -62,8 +62,8 @@ def clock() -> Clock:
 
 def test_a_flood_is_recorded_up_to_the_budget_of_each_second(clock: Any) -> None:
     budget = guard._Budget(clock)
-    taken = [budget.take() for _ in range(guard._RECORDS_PER_SECOND)]
-    assert taken == [True] * guard._RECORDS_PER_SECOND
+    taken = [budget.take() for _ in range(guard.RECORDS_PER_SECOND)]
+    assert taken == [True] * guard.RECORDS_PER_SECOND
     assert not budget.take()
     assert budget.first_refusal()
     assert not budget.take()
