@@ -234,9 +234,12 @@ async def test_the_servers_own_api_is_out_of_reach_at_every_address_of_this_host
     own_hosts: OwnHosts, wide_open: Inside
 ) -> None:
     addresses = own_addresses()
-    own_hosts.hosts.write_text("".join(f"{address.strip('[]')} own.test\n" for address in addresses) + "::1 six.test\n")
-    mapped = [f"[::ffff:{address}]" for address in addresses if not address.startswith("[")]
-    targets = ["127.0.0.1", "[::1]", "own.test", "six.test", *addresses, *mapped]
+    numbers = [address for address in addresses if not address.startswith("[")]
+    lines = [f"{address.strip('[]')} own.test" for address in addresses] + ["::1 six.test"]
+    lines += [f"::ffff:{address} mapped.test" for address in numbers]
+    own_hosts.hosts.write_text("\n".join(lines) + "\n")
+    mapped = [f"[::ffff:{address}]" for address in numbers]
+    targets = ["127.0.0.1", "[::1]", "own.test", "six.test", "mapped.test", *addresses, *mapped]
     outcomes = await ask_for(wide_open, [(target, own_hosts.port) for target in targets])
     assert set(outcomes.values()) == {"403"}, outcomes
     assert "GET /secret" not in own_hosts.log_tail()
