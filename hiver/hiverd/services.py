@@ -114,7 +114,9 @@ class Services:
             pids_max=settings.sandbox.pids_max,
             gateway_url=f"http://{GATEWAY_NAME}:{settings.server.port}",
         )
-        contexts = {"http/1.1": client_context(settings.egress.upstream_ca_files, ["http/1.1"])}
+        contexts = {
+            protocol: client_context(settings.egress.upstream_ca_files, [protocol]) for protocol in ("http/1.1", "h2")
+        }
         dialer = Dialer(own_api(settings.server.host, settings.server.port), contexts)
         self.scripts = ScriptPool()
         self.egress = EgressGates(settings.server.data_dir / "egress", dialer, self.scripts, settings.egress.default)
