@@ -18,8 +18,8 @@ def archive() -> bytes:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not packed.exists():
-            install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", folder]
-            subprocess.run([*install, f"@grpc/grpc-js@{_VERSION}"], check=True, timeout=240)
+            install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix"]
+            subprocess.run([*install, str(folder), f"@grpc/grpc-js@{_VERSION}"], check=True, timeout=240)
             unfinished = folder / "unfinished.tar.gz"
             subprocess.run(["tar", "-czf", unfinished, "-C", folder, "node_modules"], check=True, timeout=60)
             unfinished.rename(packed)

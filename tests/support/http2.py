@@ -29,6 +29,8 @@ from hiverd.egress.authority import Authority, ServerContexts
 from hiverd.egress.dialer import Dialer
 from hiverd.egress.exchange import Way
 from hiverd.egress.outlet import Outlet, Rules
+from hiverd.egress.own_api import own_api
+from hiverd.egress.script_pool import ScriptPool
 from hiverd.egress.stream import Stream
 from hiverd.wire.model import EgressRule
 from support.gateway import RecordedEvents
@@ -220,7 +222,11 @@ class Rig:
         self.sink = RecordedEvents()
         authority = Authority.load_or_make(folder / "authority")
         self.outlet = Outlet(
-            self.rules(rules), self.sink, Dialer(frozenset(), contexts), ServerContexts(authority, ["h2"])
+            self.rules(rules),
+            self.sink,
+            Dialer(own_api("127.0.0.1", 1), contexts),
+            ServerContexts(authority, ["h2"]),
+            ScriptPool().share(),
         )
         self._secure = bool(contexts)
         self._stack = contextlib.AsyncExitStack()

@@ -26,12 +26,14 @@ from hiverd.http.http2 import parse_http2_trailers
 
 MAX_STREAMS: Final = 128
 """Open at a time on one connection."""
-STREAM_WINDOW_BYTES: Final = 65_535
-"""Of a body that may come before it is passed on: on each stream (what every connection begins with) ..."""
+STREAM_WINDOW_BYTES: Final = 256 * 1024
+"""Of a body that may come before it is passed on: on each stream ..."""
 CONNECTION_WINDOW_BYTES: Final = 512 * 1024
 """... and on all streams of a connection together."""
 MAX_DECODED_BYTES: Final = 2 * MAX_HEAD_BYTES
 """Of a header list; beyond it the connection ends. Between `MAX_HEAD_BYTES` and this a request is answered 431."""
+_FIRST_WINDOW_BYTES: Final = 65_535
+"""Of a connection, until it is told otherwise (RFC 9113 6.9.2)."""
 _TABLE_BYTES: Final = 4096
 """Of the table that compresses what we send, even if the peer would keep a larger one."""
 _MAX_SENT_FRAME_BYTES: Final = 64 * 1024
@@ -62,7 +64,7 @@ class Http2Connection(abc.ABC):
         self.client = client
         self._h2 = _machine(client=client)
         self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - STREAM_WINDOW_BYTES)
+        self._h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - _FIRST_WINDOW_BYTES)
 
     @property
     def stream_count(self) -> int:
@@ -306,6 +308,7 @@ def _machine(*, client: bool) -> H2Connection:
         initial_values={
             SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
             SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEAD_BYTES,
+            SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
             SettingCodes.ENABLE_PUSH: 0,
         },
     )

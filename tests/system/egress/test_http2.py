@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -250,6 +251,45 @@ async def test_grpc_to_a_server_without_http_2(sandboxes: Any, secure: HttpUpstr
     assert await _grpc(sandbox, script) == 14  # UNAVAILABLE, as gRPC reads a 502
     assert secure.seen == []
     assert 502 in [event["status"] for event in await sandbox.events("egress.response")]
+
+
+WEBSOCKET = """
+import socket, ssl, sys
+context = ssl.create_default_context()
+if sys.argv[1] != "none":
+    context.set_alpn_protocols(sys.argv[1].split(","))
+with context.wrap_socket(socket.create_connection(("api.test", 443)), server_hostname="api.test") as stream:
+    stream.sendall(b"GET /ws HTTP/1.1\\r\\nHost: api.test\\r\\nConnection: Upgrade\\r\\nUpgrade: websocket\\r\\n"
+                   b"Sec-WebSocket-Version: 13\\r\\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\\r\\n\\r\\n")
+    head = b""
+    while not head.endswith(b"\\r\\n\\r\\n"):
+        head += stream.recv(1)
+    stream.sendall(b"\\x81\\x82\\0\\0\\0\\0hi")
+    print(stream.selected_alpn_protocol(), head.split()[1].decode(), stream.recv(100))
+"""
+
+
+def _websocket(connection: socket.socket) -> None:
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += connection.recv(1)
+    connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    connection.sendall(b"\x81\x02" + connection.recv(100)[-2:])
+
+
+@pytest.mark.parametrize(
+    ("offered", "settled"), [("none", "None"), ("http/1.1", "http/1.1"), ("x,http/1.1", "http/1.1")]
+)
+async def test_websockets_inside_tls_go_by_http_1(
+    sandboxes: Any, authority: Authority, offered: str, settled: str
+) -> None:
+    with SocketUpstream(_websocket, authority.context("api.test")) as upstream:
+        sandbox = await sandboxes(egress=[lead("api.test", upstream)])
+        await sandbox.write("/workspace/ws.py", WEBSOCKET)
+        output = await sandbox.run(f"python3 /workspace/ws.py {offered}")
+        assert output.stdout == f"{settled} 101 b'\\x81\\x02hi'\n", output
+        chunks = await sandbox.events("egress.chunk")
+    assert [(chunk["label"], chunk["body"]) for chunk in chunks[:2]] == [("up", "hi"), ("down", "hi")]
 
 
 @pytest.mark.parametrize(

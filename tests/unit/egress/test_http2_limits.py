@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from h2.errors import ErrorCodes
+from h2.events import PingAckReceived
 from hpack import Encoder
 
 from hiverd.egress import http2_frames
-from hiverd.egress.http2_connection import MAX_STREAMS
+from hiverd.egress.http2_connection import CONNECTION_WINDOW_BYTES, MAX_STREAMS
 from hiverd.egress.http2_frames import PREFACE, Budget, FloodError, FrameReader, GoAway
+from hiverd.egress.outlet import Rules
 from support.http2 import Http2Client, Rig, rig
 from support.upstreams import HttpUpstream, lead
 from support.waiting import until_async
@@ -128,6 +130,20 @@ async def test_what_is_no_http_2_ends_the_connection(upstream: HttpUpstream, tmp
     assert upstream.seen == []
 
 
+async def test_what_the_library_did_not_expect_ends_the_connection(
+    connected: tuple[Rig, Http2Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(data: bytes) -> None:
+        raise ValueError(data)
+
+    made, client = connected
+    monkeypatch.setattr(made.connections[0]._h2, "receive_data", fail)
+    await client.request("/")
+    await client.until(lambda: client.closed, "the connection's end")
+    await asyncio.wait_for(made.tasks[0], 10)
+    assert [(event.method, event.access) for event in made.events("request")] == [("?", "denied")]
+
+
 @pytest.mark.parametrize("body", [b"longer than told", b"s"])
 async def test_a_body_of_another_length_than_told_is_not_passed_on(
     connected: tuple[Rig, Http2Client], upstream: HttpUpstream, body: bytes
@@ -232,6 +248,26 @@ def _true(probe: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
         return probe()
 
     return ask
+
+
+async def test_what_is_held_of_bodies_is_bounded(tmp_path: Path) -> None:
+    """Requests that wait for a verdict, with as much of their bodies as the agent can send, padded where that helps."""
+    async with rig([], tmp_path) as made:
+        made.outlet.change(Rules(rules=(), deny_wait_seconds=30))
+        client = await made.connect()
+        await client.until(lambda: client.h2.remote_settings.max_concurrent_streams == MAX_STREAMS, "settings")
+        numbers = [await client.request("/", method="POST", end=False) for _ in range(20)]
+        for number in numbers:
+            while (room := min(client.h2.local_flow_control_window(number), 16_000)) > 1000:
+                client.h2.send_data(number, b"x" * (room - 256), pad_length=255)
+                await client.flush()
+        client.h2.ping(b"12345678")
+        await client.flush()
+        await client.until(lambda: any(isinstance(event, PingAckReceived) for event in client.events), "all was read")
+        assert client.h2.outbound_flow_control_window < 1000
+        held = [len(stream._data) for stream in made.connections[0]._streams.values()]
+        assert len(held) == 20
+        assert 400 * 1024 < sum(held) <= CONNECTION_WINDOW_BYTES
 
 
 def test_goaway_is_told_apart() -> None:

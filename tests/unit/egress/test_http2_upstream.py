@@ -129,6 +129,7 @@ async def test_an_agent_that_breaks_off_is_told_to_the_upstream(
     await client.flush()
     await _until(upstream.left.is_set, "the cancellation")
     await _until(lambda: made.statuses, "the response's event")
+    assert made.statuses == [0]
     assert bytes((await _call(client, "Unary", b"still")).body) == _message(b"still")
     assert len(upstream.peers) == 1
 
@@ -142,6 +143,17 @@ async def test_a_change_of_the_rules_ends_a_stream_that_is_open(connected: tuple
     answer = await client.answer(number)
     assert answer.reset == ErrorCodes.INTERNAL_ERROR
     assert (await _call(client, "Unary", b"x")).status == 403
+
+
+async def test_a_change_of_the_rules_ends_a_call_that_waits(
+    connected: tuple[Rig, Http2Client], upstream: GrpcUpstream
+) -> None:
+    made, client = connected
+    number = await _open(client, "Wait")
+    await client.send(number, _message(b"x"))
+    await _until(lambda: made.outlet._tunnels and upstream.peers, "the call")
+    made.outlet.change(Rig.rules([]))
+    assert (await client.answer(number)).status == 502
 
 
 async def test_nothing_new_goes_over_what_was_dialled_under_other_rules(
@@ -196,7 +208,9 @@ async def test_an_upstream_without_http_2_is_answered_502(
     with HttpUpstream(authority.context("api.test", protocols=protocols)) as upstream:
         async with rig(_rules(upstream.address), tmp_path, _contexts(authority)) as made:
             client = await made.connect()
-            assert (await _call(client, "Unary", b"x")).status == 502
+            answer = await _call(client, "Unary", b"x")
+            assert answer.status == 502
+            assert b"does not speak HTTP/2" in answer.body
             assert made.statuses == [502]
             assert (await client.get("/")).status == 200  # what is no gRPC goes by HTTP/1.1
         assert [seen.path for seen in upstream.seen] == ["/"]
