@@ -13,6 +13,7 @@ from msgspec import Struct
 from hiverd import plugins
 from hiverd.contracts.errors import HiverError
 from hiverd.contracts.isolation import BackendContext, Finding, Isolation
+from hiverd.egress import gate
 from hiverd.settings import Settings
 
 _GROUP: plugins.Group = "hiver.isolation"
@@ -27,12 +28,14 @@ class Report(Struct, frozen=True):
 def examine(settings: Settings) -> Report:
     """Probes every isolation plug-in that is installed. Changes nothing that stays."""
     findings = {name: _probe(name, settings) for name in plugins.names(_GROUP)}
+    egress = _probe_gate()
     chosen = settings.server.container_backend
     candidates = {name: found for name, found in findings.items() if chosen in {"auto", name}}
-    healthy = any(works(found) for found in candidates.values())
+    healthy = egress.ok and any(works(found) for found in candidates.values())
     parts = [
         f"{name}{' (not chosen)' if name not in candidates else ''}\n{table(found)}" for name, found in findings.items()
     ]
+    parts.append(f"egress\n{table([egress])}")
     if not candidates:
         parts.append(
             f"No isolation plug-in named {chosen} is installed." if findings else "No isolation plug-in is installed."
@@ -53,6 +56,16 @@ def _probe(name: str, settings: Settings) -> list[Finding]:
             return asyncio.run(_examine_one(plugins.build(plugin, _context(name, settings, Path(folder)))))
     except HiverError as error:
         return [Finding(name=name, ok=False, detail=error.message)]
+
+
+def _probe_gate() -> Finding:
+    """What every sandbox needs, whoever isolates it."""
+    try:
+        asyncio.run(gate.probe())
+    except HiverError as error:
+        remedy = "start as root, on a kernel with nftables (nft_chain_nat, nft_socket, nft_log, nft_reject)"
+        return Finding(name="packet filter", ok=False, detail=error.message, remedy=remedy)
+    return Finding(name="packet filter", ok=True, detail="refuses and records what the proxy does not take")
 
 
 async def _examine_one(plugin: Isolation) -> list[Finding]:

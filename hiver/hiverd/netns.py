@@ -128,6 +128,13 @@ def enter_network_namespace(descriptor: int) -> None:
         raise OSError(number, f"setns: {os.strerror(number)}")
 
 
+def leave_network_namespace() -> None:
+    """Moves the calling thread into a new, empty namespace. Raises `OSError`."""
+    if _libc.unshare(CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"unshare: {os.strerror(number)}")
+
+
 class ThreadSocketFactory(SocketFactory):
     """Needs CAP_SYS_ADMIN over the namespaces (root, outside of rootless mode).
 

@@ -14,6 +14,7 @@ from typing import IO
 from hiverd.clock import SystemClock
 from hiverd.contracts.errors import UnavailableError
 from hiverd.contracts.isolation import BackendContext, Isolation
+from hiverd.egress import gate
 from hiverd.egress.dialer import Dialer
 from hiverd.egress.own_api import GATEWAY_NAME, own_api
 from hiverd.egress.script_pool import ScriptPool
@@ -95,6 +96,8 @@ class Services:
 
     async def _start_isolation(self) -> Isolation:
         name = self.settings.server.container_backend
+        if self._isolation_class is None:
+            await gate.probe()  # better told now than with every sandbox
         plugin = self._isolation_class or isolation_class("oci" if name == "auto" else name)
         isolation = plugin(backend_context(self.settings, name))
         await isolation.start()
@@ -114,7 +117,9 @@ class Services:
             pids_max=settings.sandbox.pids_max,
             gateway_url=f"http://{GATEWAY_NAME}:{settings.server.port}",
         )
-        contexts = {"http/1.1": client_context(settings.egress.upstream_ca_files, ["http/1.1"])}
+        contexts = {
+            protocol: client_context(settings.egress.upstream_ca_files, [protocol]) for protocol in ("http/1.1", "h2")
+        }
         dialer = Dialer(own_api(settings.server.host, settings.server.port), contexts)
         self.scripts = ScriptPool()
         self.egress = EgressGates(settings.server.data_dir / "egress", dialer, self.scripts, settings.egress.default)

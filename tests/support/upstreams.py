@@ -45,6 +45,11 @@ class Authority:
             context.set_alpn_protocols(protocols)
         return context
 
+    def pem(self, *names: str) -> tuple[bytes, bytes]:
+        """A private key and a certificate for these names."""
+        made = self._ca.issue_cert(*names)
+        return made.private_key_pem.bytes(), b"".join(blob.bytes() for blob in made.cert_chain_pems)
+
 
 class Seen(NamedTuple):
     """A request as it arrived."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import AsyncIterator, Callable
-from typing import Final
+from typing import ClassVar, Final
 
 from hiverd.egress.stream import Stream
 from hiverd.http.framing import Headers
@@ -28,6 +28,8 @@ class AgentSide(abc.ABC):
     Every method that waits raises `OSError` when the agent's connection is lost.
     """
 
+    full_duplex: ClassVar[bool] = False
+    """The answer may begin, and go on, while the body is still coming."""
     head: RequestHead
 
     @property

@@ -67,6 +67,18 @@ class Dialer:
         """TLS on a fresh socket, then bytes as they are. Raises `DialError`."""
         return await _secured(host, Stream.to(sock, self.context("http/1.1"), host))
 
+    async def http2_to(self, sock: socket.socket, host: str) -> Stream:
+        """TLS on a fresh socket, then HTTP/2. Owns the socket. Raises `DialError`, also if that is not spoken."""
+        try:
+            stream = await _secured(host, Stream.to(sock, self.context("h2"), host))
+        except BaseException:
+            sock.close()
+            raise
+        if stream.protocol != "h2":
+            stream.abort()
+            raise DialError(f"{host} does not speak HTTP/2, which gRPC needs")
+        return stream
+
     def context(self, protocol: str) -> ssl.SSLContext:
         """How to speak TLS with upstreams, offering that protocol."""
         return self._contexts[protocol]

@@ -18,10 +18,13 @@ from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import DENIED, Rule, Verdict
 from hiverd.egress.script import ScriptError
 from hiverd.egress.uplinks import Upstream
+from hiverd.egress.upstream import UpstreamSide
+from hiverd.egress.upstream_http1 import Http1Upstream
 from hiverd.egress.websocket import relay_websocket
-from hiverd.http.connection import Connection, UpstreamError
+from hiverd.http.connection import UpstreamError
 from hiverd.http.framing import Headers
 from hiverd.http.headers import end_to_end, field_block
+from hiverd.http.http2 import is_grpc
 from hiverd.http.requests import RequestError, RequestHead
 
 CONTINUE_SECONDS: Final = 1.0
@@ -55,6 +58,9 @@ class Exchange:
         self._edit: script.Edit | None = None
         self._hosts = self._hosts_of(agent.head)
         self._own_authority: str | None = None
+        self._grpc = agent.full_duplex and is_grpc(agent.head.headers)
+        self._side: UpstreamSide | None = None
+        self._upload: asyncio.Task[None] | None = None
         self._attempt = Attempt(
             outlet.events,
             host=self._hosts[0],
@@ -84,7 +90,7 @@ class Exchange:
             self._attempt.denied(403)
             await self._refuse_by_policy(str(error))
         except (DialError, UpstreamError) as error:
-            self._attempt.response(502)
+            self._attempt.response(0 if self._agent.gone else 502)
             await self._agent.refuse(502, str(error))
         except OSError:
             self._attempt.response(0)
@@ -134,12 +140,27 @@ class Exchange:
 
     async def _forward(self, upstream: Upstream, rule: Rule) -> None:
         body = await self._changed_body(rule)
-        connection = await self._send_and_await(upstream, rule, body)
+        if not self._grpc:
+            await self._pass_on(upstream, rule, body)
+            return
+        # A gRPC exchange can go on for as long as a tunnel, so a change of the rules ends it like one.
+        with self._outlet.tunnel(lambda: self._judge().allowed, self._cut):
+            await self._pass_on(upstream, rule, body)
+
+    def _cut(self) -> None:
+        if self._side is not None:
+            self._side.abort("the rules do not allow it any more")
+
+    async def _pass_on(self, upstream: Upstream, rule: Rule, body: bytes | None) -> None:
+        side = await self._send_and_await(upstream, rule, body)
         try:
-            await self._relay(connection, upstream)
+            await self._relay(side)
         except BaseException:
-            self._outlet.uplinks.discard(connection)
+            side.discard()
             raise
+        finally:
+            if self._upload is not None:
+                await self._end_upload()
 
     async def _changed_body(self, rule: Rule) -> bytes | None:
         """What is sent instead of the agent's body; None: that body as it comes, or none."""
@@ -173,57 +194,70 @@ class Exchange:
         self._attempt.hide(overrides.secrets_in(value.decode("utf-8", "replace") for _, value in edit.added))
         return edit.body
 
-    async def _send_and_await(self, upstream: Upstream, rule: Rule, body: bytes | None) -> Connection:
+    async def _send_and_await(self, upstream: Upstream, rule: Rule, body: bytes | None) -> UpstreamSide:
         """Sends the request until a final head has come; once more if a kept connection had just been closed."""
         streams_body = body is None and self._head.has_body
         repeatable = self._head.method in _IDEMPOTENT and not streams_body
-        connection = self._outlet.uplinks.take(upstream, sure=not repeatable)
+        side = None if self._grpc else self._outlet.kept(upstream, sure=not repeatable)
         while True:
-            if connection is None:
-                connection = await self._outlet.connect(upstream, rule)
+            if side is None:
+                side = await self._outlet.reach(upstream, rule, http2=self._grpc)
+            self._side = side
             try:
-                await self._send(connection, rule, body)
-                return connection
+                await self._send(side, rule, body)
+                return side
             except UpstreamError as error:
-                self._outlet.uplinks.discard(connection)
-                if not (repeatable and connection.reused and error.unanswered):
+                side.discard()
+                if not (repeatable and side.reused and error.unanswered):
                     raise
-                connection = None
+                side = None
             except BaseException:
-                self._outlet.uplinks.discard(connection)
+                side.discard()
                 raise
 
-    async def _send(self, connection: Connection, rule: Rule, body: bytes | None) -> None:
+    async def _send(self, side: UpstreamSide, rule: Rule, body: bytes | None) -> None:
         streams_body = body is None and self._head.has_body
         fields = self._fields(rule, body)
         if streams_body and self._head.expects_continue:
             fields.append((b"expect", b"100-continue"))
-        connection.begin(self._request_head(rule, fields) + (body or b""), self._head.method)
-        if not streams_body:
-            self._attempt.request("allowed")
-            self._agent.watch(connection.abort_for_client)
-            try:
-                await connection.response()
-            finally:
-                self._agent.watch(None)
+        await side.begin(self._head.method, self._target(rule), self._with_host(fields), body, streamed=streams_body)
+        if streams_body:
+            await self._send_body_and_await(side)
             return
-        timer = self._loop.call_later(RECORD_SECONDS, self._attempt.request, "allowed")
-        upload = asyncio.create_task(self._upload(connection), name="egress-upload")
-        failure: UpstreamError | None = None
+        self._attempt.request("allowed")
+        self._agent.watch(side.abort_for_client)
         try:
-            await connection.response()
+            await side.response()
+        finally:
+            self._agent.watch(None)
+
+    async def _send_body_and_await(self, side: UpstreamSide) -> None:
+        timer = self._loop.call_later(RECORD_SECONDS, self._attempt.request, "allowed")
+        self._upload = asyncio.create_task(self._send_body(side), name="egress-upload")
+        self._agent.watch(side.abort_for_client)
+        try:
+            await side.response()
         except UpstreamError as error:
-            failure = error
+            if (failure := await self._end_upload()) is not None:
+                raise failure from error  # it is why the upstream was given up
+            raise
+        except BaseException:
+            await self._end_upload()
+            raise
         finally:
             timer.cancel()
-            if not upload.done():
-                # An answer before the end of the body (RFC 9112 9.3): what is left of it is not wanted.
-                upload.cancel()
-            outcome = (await asyncio.gather(upload, return_exceptions=True))[0]
-        if isinstance(outcome, Exception):
-            raise outcome  # the cause, also of the upstream's failure
-        if failure is not None:
+            self._agent.watch(None)
+        if not side.full_duplex and (failure := await self._end_upload()) is not None:
             raise failure
+
+    async def _end_upload(self) -> Exception | None:
+        """Ends the sending of the body: what is left of it is not wanted (RFC 9112 9.3). Returns why it had failed."""
+        upload, self._upload = self._upload, None
+        if upload is None:
+            return None
+        upload.cancel()
+        outcome = (await asyncio.gather(upload, return_exceptions=True))[0]
+        return outcome if isinstance(outcome, Exception) else None
 
     def _overridden(self, rule: Rule) -> Headers:
         """The agent's fields as the rule's override leaves them, without framing."""
@@ -247,62 +281,58 @@ class Exchange:
             fields.append((b"content-length", b"%d" % self._head.framing.content_length))
         return fields
 
-    def _request_head(self, rule: Rule, fields: Headers) -> bytes:
-        """The Host stays the agent's (PROTOCOL 5.5), unless the rule sets it or it is our own API that is asked."""
-        head = self._head
-        if not any(name == b"host" for name, _ in fields):
-            host = self._own_authority or head.host or self._hosts[0]
-            fields = [(b"host", host.encode("latin-1")), *fields]
-        return f"{head.method} {self._target(rule)} HTTP/1.1\r\n".encode("latin-1") + field_block(fields) + b"\r\n"
-
     def _target(self, rule: Rule) -> str:
         head = self._head
         return "*" if head.path == "*" else overrides.target(rule.source.override, head.path, head.query)
 
-    async def _upload(self, connection: Connection) -> None:
+    def _with_host(self, fields: Headers) -> Headers:
+        """The Host stays the agent's (PROTOCOL 5.5), unless the rule sets it or it is our own API that is asked."""
+        if any(name == b"host" for name, _ in fields):
+            return fields
+        host = self._own_authority or self._head.host or self._hosts[0]
+        return [(b"host", host.encode("latin-1")), *fields]
+
+    async def _send_body(self, side: UpstreamSide) -> None:
         if self._head.expects_continue:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CONTINUE_SECONDS):
-                    await connection.continued()
-            if connection.has_final_head:
+                    await side.continued()
+            if side.has_final_head:
                 return
             await self._agent.ask_for_body()
-        chunked = self._head.framing.chunked
         try:
             async for piece in self._agent.body():
                 self._attempt.request_body(piece)
-                connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-                await connection.drain()
+                await side.send(piece)
         except (AgentGoneError, RequestError, OSError):
-            connection.abort("the agent broke off its request")
+            side.abort("the agent broke off its request")
             raise
-        if chunked:
-            connection.write(b"0\r\n" + field_block(end_to_end(self._agent.trailers)) + b"\r\n")
+        await side.end(end_to_end(self._agent.trailers))
         self._attempt.request("allowed")
 
-    async def _relay(self, connection: Connection, upstream: Upstream) -> None:
-        head = await connection.response()
+    async def _relay(self, side: UpstreamSide) -> None:
+        head = await side.response()
         self._attempt.response(head.status, head.headers)
         agent = self._agent
         fields = [field for field in end_to_end(head.headers) if field[0] != b"content-length"]
         more = not (self._head.method == "HEAD" or head.status in (204, 304))
         await agent.start(head.status, fields, length=head.content_length, has_body=more)
-        agent.watch(connection.abort_for_client)
+        agent.watch(side.abort_for_client)
         try:
             while more:
-                if not connection.ready:
+                if not side.ready:
                     await agent.write(b"")  # what has come so far is not held back
-                data, more = await connection.read()
+                data, more = await side.read()
                 if data:
                     self._attempt.response_body(data)
                     await agent.write(data)
         finally:
             agent.watch(None)
-        await agent.finish(end_to_end(connection.trailers))
+        await agent.finish(end_to_end(side.trailers))
         if agent.body_read:
-            self._outlet.uplinks.give_back(upstream, connection)
+            side.done()
         else:
-            self._outlet.uplinks.discard(connection)
+            side.discard()
 
     # -- WebSocket --------------------------------------------------------------------------------------------------
 
@@ -313,7 +343,8 @@ class Exchange:
         try:
             fields = [field for field in self._fields(rule, None) if field[0] != b"sec-websocket-extensions"]
             fields += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
-            connection.begin(self._request_head(rule, fields), "GET", upgradable=True)
+            line = f"GET {self._target(rule)} HTTP/1.1\r\n".encode("latin-1")
+            connection.begin(line + field_block(self._with_host(fields)) + b"\r\n", "GET", upgradable=True)
             self._attempt.request("allowed")
             self._agent.watch(connection.abort_for_client)
             try:
@@ -321,7 +352,7 @@ class Exchange:
             finally:
                 self._agent.watch(None)
             if head.status != 101:
-                await self._relay(connection, upstream)
+                await self._relay(Http1Upstream(self._outlet.uplinks, upstream, connection))
                 return
             self._attempt.response(101, head.headers)
             connection.start_raw()

@@ -13,13 +13,15 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from msgspec import Struct
 
+from hiverd.contracts.errors import UnavailableError
 from hiverd.contracts.isolation import GATE_ADDRESS
 from hiverd.egress import netlink, nft
-from hiverd.netns import enter_network_namespace
+from hiverd.netns import enter_network_namespace, leave_network_namespace
 
 SANDBOX_ADDRESS: Final = "11.0.0.2"
 TCP_PORT: Final = 15001
@@ -107,20 +109,33 @@ async def set_up(namespace: str, *, fresh: bool) -> GateSockets:
     `fresh`: nobody has set it up before; otherwise a new server takes over from one that died. Raises
     `UnavailableError` or `OSError`, and then the sandbox must not start.
     """
+    return await _in_thread(lambda: _set_up_inside(namespace, fresh=fresh))
+
+
+async def probe() -> None:
+    """Sets a gate up in a namespace of its own, which is gone afterwards. Raises `UnavailableError` saying what this
+    host lacks."""
+    try:
+        (await _in_thread(_set_up_in_new_namespace)).close()
+    except OSError as error:
+        raise UnavailableError(f"no gate for egress can be set up here: {error}") from error
+
+
+async def _in_thread(work: Callable[[], GateSockets]) -> GateSockets:
+    """A thread of its own, which ends inside: none of ours ever has to find the way back."""
     loop = asyncio.get_running_loop()
     made: asyncio.Future[GateSockets] = loop.create_future()
 
-    def work() -> None:
+    def run() -> None:
         outcome: GateSockets | Exception
         try:
-            outcome = _set_up_inside(namespace, fresh=fresh)
+            outcome = work()
         except Exception as error:  # noqa: BLE001 -- handed to the caller
             outcome = error
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(_deliver, made, outcome)
 
-    # A thread of its own, which ends inside: none of ours ever has to find the way back.
-    threading.Thread(target=work, name="gate", daemon=True).start()
+    threading.Thread(target=run, name="gate", daemon=True).start()
     return await made
 
 
@@ -134,9 +149,21 @@ def original_destination(sock: socket.socket) -> tuple[str, int]:
 def _set_up_inside(namespace: str, *, fresh: bool) -> GateSockets:
     descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        own, other = os.stat("/proc/self/ns/net"), os.fstat(descriptor)
+        if (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino):
+            raise UnavailableError("a gate in this server's own network namespace would cut the host off")
         enter_network_namespace(descriptor)
     finally:
         os.close(descriptor)
+    return _set_up_here(fresh=fresh)
+
+
+def _set_up_in_new_namespace() -> GateSockets:
+    leave_network_namespace()
+    return _set_up_here(fresh=True)
+
+
+def _set_up_here(*, fresh: bool) -> GateSockets:
     netlink.bring_up_loopback([SANDBOX_ADDRESS, GATE_ADDRESS, SANDBOX_ADDRESS_6])
     opened: list[socket.socket] = []
     try:

@@ -20,7 +20,11 @@ from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import Policy, Rule, Verdict
 from hiverd.egress.script_pool import ScriptShare
 from hiverd.egress.splice import Splicer
+from hiverd.egress.stream import Stream
 from hiverd.egress.uplinks import Uplinks, Upstream
+from hiverd.egress.upstream import UpstreamSide
+from hiverd.egress.upstream_http1 import Http1Upstream
+from hiverd.egress.upstream_http2 import Http2Uplinks
 from hiverd.http.connection import Connection
 from hiverd.wire.events import EventSink
 from hiverd.wire.model import EgressRule
@@ -50,6 +54,9 @@ class Outlet:
         self.scripts = scripts
         self.contexts = contexts
         self.uplinks = Uplinks()
+        self.http2_uplinks = Http2Uplinks()
+        self.http2_streams = 0
+        """That agents have open, on all their connections."""
         self.splicer = Splicer()
         self.dialer = dialer
         self.names = RecentNames()
@@ -67,6 +74,7 @@ class Outlet:
         self.policy = Policy(rules.rules)
         self._rules = rules
         self.uplinks.forget_idle()
+        self.http2_uplinks.forget()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         for still_allowed, cut in list(self._tunnels.values()):
@@ -134,6 +142,24 @@ class Outlet:
         self.uplinks.add(connection)
         return connection
 
+    def kept(self, upstream: Upstream, *, sure: bool) -> UpstreamSide | None:
+        """An HTTP/1.1 exchange on a connection that is idle, if there is one; `sure` as for `Uplinks.take`."""
+        connection = self.uplinks.take(upstream, sure=sure)
+        return None if connection is None else Http1Upstream(self.uplinks, upstream, connection)
+
+    async def reach(self, upstream: Upstream, rule: Rule, *, http2: bool) -> UpstreamSide:
+        """An exchange on a fresh connection, or with HTTP/2 on one that has room.
+
+        Raises `DialError`, `ForbiddenAddressError`.
+        """
+        if not http2:
+            return Http1Upstream(self.uplinks, upstream, await self.connect(upstream, rule))
+
+        async def dial() -> Stream:
+            return await self.dialer.http2_to(await self.socket_to(upstream, rule), upstream.host)
+
+        return await self.http2_uplinks.reserve(upstream, dial)
+
     def socket_to(self, upstream: Upstream, rule: Rule) -> Awaitable[socket.socket]:
         """A connected TCP socket. Raises `DialError`, `ForbiddenAddressError`."""
 
@@ -146,6 +172,7 @@ class Outlet:
 
     def close(self) -> None:
         self.uplinks.close()
+        self.http2_uplinks.close()
         for _, cut in list(self._tunnels.values()):
             cut()
         self.splicer.close()

@@ -12,6 +12,7 @@ from typing import Final
 from hiverd.contracts.isolation import RESOLVER_ADDRESS
 from hiverd.egress.agent import AgentGoneError
 from hiverd.egress.agent_http1 import Http1Agent
+from hiverd.egress.agent_http2 import Http2AgentConnection
 from hiverd.egress.dialer import DialError, ForbiddenAddressError
 from hiverd.egress.exchange import Exchange, Way
 from hiverd.egress.first_bytes import Kind, classify
@@ -147,6 +148,9 @@ class Session:
             attempt.response(0)
             raise ConnectionAbortedError from error
         way = Way(secure=True, address=self._address, port=self._port, name=host)
+        if self._stream.protocol == "h2":
+            await Http2AgentConnection(self._stream, self._outlet, way).serve()
+            return
         kind = await self._inner_kind(self._stream)
         if kind == "http":
             await self._serve_http(way)

@@ -103,6 +103,20 @@ class Stream(asyncio.BufferedProtocol):
         if self._write_paused:
             await self._drain()
 
+    def send(self, data: bytes) -> None:
+        """As `write`, without waiting and without telling that the connection is lost; `drain` does both."""
+        if self._transport is not None and not self._lost and not self._transport.is_closing():
+            self._transport.write(data)
+
+    @property
+    def full(self) -> bool:
+        """The other side does not take what was written."""
+        return self._write_paused
+
+    async def drain(self) -> None:
+        """Waits while it is full. Raises `OSError`."""
+        await self._drain()
+
     def end(self) -> None:
         """No more will be written; the other direction goes on where that is possible."""
         if self._transport is not None and self.half_closes and not self._lost:

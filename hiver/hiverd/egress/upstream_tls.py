@@ -39,4 +39,6 @@ def tls_cause(error: ssl.SSLError) -> str:
     """Why a handshake failed, as a short phrase about the upstream."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _CAUSES.get(error.verify_code, "its certificate is not trusted")
+    if error.reason == "TLSV1_ALERT_NO_APPLICATION_PROTOCOL":  # RFC 7301 3.2
+        return "it does not speak the version of HTTP that is needed"
     return "it does not speak TLS as we do"

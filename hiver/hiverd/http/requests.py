@@ -52,6 +52,7 @@ class RequestHead:
         self.host: str | None = None
         """The Host field, or the authority of an absolute target, which must be the same; None if there is none."""
         self.framing: Framing = judge_framing(headers, old=old)
+        """In HTTP/2, a body whose length is not told counts as chunked."""
         self.expects_continue = False
         self.upgrade: bytes | None = None
         """The one protocol that the client wants to switch to, in lower case."""
@@ -111,7 +112,7 @@ def parse_request_head(block: bytes) -> RequestHead:
     except ProtocolError as error:
         raise RequestError(400, str(error)) from error
     _judge_host(head)
-    _judge_expectation(head)
+    judge_expectation(head)
     _judge_upgrade(head)
     return head
 
@@ -123,18 +124,27 @@ def _request_line(line: bytes, headers: Headers) -> RequestHead:
     method, target, old = parts[1].decode("ascii"), parts[2], parts[3] == b"0"
     if method == "CONNECT":
         raise RequestError(501, "CONNECT is not supported")
-    if len(target) > MAX_TARGET_BYTES:
-        raise RequestError(414, "the request target is too long")
-    if target == b"*" and method == "OPTIONS":
-        return RequestHead(method, "*", None, headers, old=old)
-    if origin := _ORIGIN_FORM.fullmatch(target):
-        return RequestHead(method, origin[1].decode("ascii"), _text(origin[2]), headers, old=old)
+    if origin := split_target(method, target):
+        return RequestHead(method, *origin, headers, old=old)
     absolute = _ABSOLUTE_FORM.fullmatch(target)
     if absolute is None:
         raise RequestError(400, "malformed request target")
     head = RequestHead(method, (absolute[2] or b"/").decode("ascii"), _text(absolute[3]), headers, old=old)
     head.host = absolute[1].decode("ascii")
     return head
+
+
+def split_target(method: str, target: bytes) -> tuple[str, str | None] | None:
+    """Path and query of a target in origin form, or `*` for OPTIONS; None if it has another form (RFC 9112 3.2).
+
+    `target` is visible ASCII. Raises `RequestError` 414.
+    """
+    if len(target) > MAX_TARGET_BYTES:
+        raise RequestError(414, "the request target is too long")
+    if target == b"*" and method == "OPTIONS":
+        return "*", None
+    origin = _ORIGIN_FORM.fullmatch(target)
+    return None if origin is None else (origin[1].decode("ascii"), _text(origin[2]))
 
 
 def _text(value: bytes | None) -> str | None:
@@ -153,7 +163,8 @@ def _judge_host(head: RequestHead) -> None:
     head.host = host
 
 
-def _judge_expectation(head: RequestHead) -> None:
+def judge_expectation(head: RequestHead) -> None:
+    """Sets `expects_continue`. Raises `RequestError` 417 (RFC 9110 10.1.1)."""
     expectations = [value.lower() for name, value in head.headers if name == b"expect"]
     if expectations and expectations != [b"100-continue"]:
         raise RequestError(417, "the only expectation that is known is 100-continue")

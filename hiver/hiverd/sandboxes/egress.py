@@ -23,7 +23,7 @@ from hiverd.wire.config import SandboxConfig, effective_egress, effective_extra_
 
 HOST_GATEWAY: Final = "127.0.0.1"
 """Where a name with the address `host-gateway` leads: this host, if a rule names it exactly."""
-_PROTOCOLS: Final = ["http/1.1"]
+_PROTOCOLS: Final = ["h2", "http/1.1"]
 
 log = logging.getLogger(__name__)
 

@@ -315,6 +315,21 @@ async def test_the_sweep_removes_orphans_and_nothing_else(open_core, isolation):
         assert sandbox.status == "running"
 
 
+async def test_without_its_gate_a_sandbox_never_begins(open_core, isolation, monkeypatch):
+    async with open_core() as core:
+        begun: list[FakeWorkload] = []
+        monkeypatch.setattr(FakeWorkload, "begin", begun.append)
+
+        async def open_gate(sandbox, *, fresh):
+            assert fresh
+            raise BackendError("no gate")
+
+        monkeypatch.setattr(core.egress, "open", open_gate)
+        with pytest.raises(BackendError, match="no gate"):
+            await core.obtain("k", config)
+        assert (begun, isolation.workloads, core.manager.all()) == ([], {}, [])
+
+
 async def test_the_sweep_opens_gates_that_could_not_be_opened(open_core, monkeypatch):
     async with open_core() as core:
         sandbox, _ = await core.obtain("k", config)
