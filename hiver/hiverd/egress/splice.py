@@ -14,6 +14,11 @@ PIPE_BYTES: Final = 1 << 20
 _F_SETPIPE_SZ: Final = 1031  # fcntl has the name from Python 3.10 on, where the C library had it at build time
 _FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _MAX_FREE: Final = 16
+_BULK_BYTES: Final = 64 * 1024
+"""Of one move: after as much the flow is taken for one of many bytes, which go best in large moves."""
+_GATHERED_BYTES: Final = 512 * 1024
+_GATHER_SECONDS: Final = 0.002
+"""How much later than it could the end of such a flow's burst may arrive."""
 _CARRIED_BYTES: Final = 64 * 1024
 
 
@@ -60,22 +65,29 @@ class Splicer:
             self._free.pop().close()
 
     async def _pump(self, source: socket.socket, target: socket.socket) -> None:
-        while await self._move(source, target):
-            pass
+        bulk = False
+        while True:
+            if not await self._readable(source, seconds=_GATHER_SECONDS if bulk else None):
+                _wait_for(source, 1)
+                bulk = False
+                continue
+            moved = await self._move(source, target)
+            if not moved:
+                break
+            if (moved >= _BULK_BYTES) != bulk:
+                bulk = not bulk
+                _wait_for(source, _GATHERED_BYTES if bulk else 1)
         target.shutdown(socket.SHUT_WR)
 
-    async def _move(self, source: socket.socket, target: socket.socket) -> bool:
-        """Waits for bytes and moves what has come. False at the end."""
-        await self._ready(self._loop.add_reader, self._loop.remove_reader, source)
+    async def _move(self, source: socket.socket, target: socket.socket) -> int:
+        """Moves what has come; how much that was, 0 at the end."""
         pipe = self._free.pop() if self._free else _Pipe.make()
-        held = 0
+        held = moved = 0
         try:
             try:
-                held = os.splice(source.fileno(), pipe.writer, PIPE_BYTES, flags=_FLAGS)
+                held = moved = os.splice(source.fileno(), pipe.writer, PIPE_BYTES, flags=_FLAGS)
             except BlockingIOError:
                 return await self._carry(source, target)
-            if not held:
-                return False
             while held:
                 try:
                     held -= os.splice(pipe.reader, target.fileno(), held, flags=_FLAGS)
@@ -86,18 +98,30 @@ class Splicer:
                 pipe.close()
             else:
                 self._free.append(pipe)
-        return True
+        return moved
 
-    async def _carry(self, source: socket.socket, target: socket.socket) -> bool:
+    async def _carry(self, source: socket.socket, target: socket.socket) -> int:
         """The same for what makes a socket readable and is not spliced: urgent bytes (tcp(7)). Without this, one of
         them would keep the loop turning."""
         try:
             data = source.recv(_CARRIED_BYTES)
         except BlockingIOError:
-            return True
+            return 1  # nothing, and not the end
         if data:
             await self._loop.sock_sendall(target, data)
-        return bool(data)
+        return len(data)
+
+    async def _readable(self, source: socket.socket, *, seconds: float | None) -> bool:
+        """False if nothing has come in time."""
+        if seconds is None:
+            await self._ready(self._loop.add_reader, self._loop.remove_reader, source)
+            return True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ready(self._loop.add_reader, self._loop.remove_reader, source)
+        except TimeoutError:
+            return False
+        return True
 
     async def _ready(
         self, add: Callable[..., object], remove: Callable[[socket.socket], object], sock: socket.socket
@@ -109,6 +133,11 @@ class Splicer:
         finally:
             if sock.fileno() >= 0:
                 remove(sock)
+
+
+def _wait_for(sock: socket.socket, count: int) -> None:
+    """Lets the socket be readable only with so many bytes (socket(7), SO_RCVLOWAT), or at its end."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
 
 
 def _set(ready: asyncio.Future[None]) -> None:
