@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections.abc import Callable
 from typing import Final, cast
 
 from hiverd.http.framing import Headers, ProtocolError
@@ -28,6 +29,39 @@ def read_buffer() -> memoryview:
     if buffer is None:
         buffer = _of_thread.buffer = memoryview(bytearray(READ_BYTES))
     return buffer
+
+
+class Intake:
+    """Reading from a transport, stopped and started again.
+
+    With TLS also beneath it: when the peer closes, uvloop drops what it holds undelivered. So it must not see that
+    before all is delivered.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport) -> None:
+        self.paused = False
+        self._loop = loop
+        self._transport = transport
+        self._limit: Callable[..., None] | None = getattr(transport, "set_read_buffer_limits", None)
+
+    def pause(self) -> None:
+        if not self.paused and not self._transport.is_closing():
+            self.paused = True
+            self._transport.pause_reading()
+            if self._limit is not None:
+                self._limit(0)
+
+    def resume(self) -> None:
+        if self.paused:
+            self.paused = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()  # which has TLS deliver in the next turn of the loop
+                if self._limit is not None:
+                    self._loop.call_soon(self._open)
+
+    def _open(self) -> None:
+        if not self.paused and self._limit is not None:
+            self._limit()
 
 
 class UpstreamError(Exception):
@@ -56,7 +90,7 @@ class Connection(asyncio.BufferedProtocol):
         self._answered = False
         self._error: UpstreamError | None = None
         self._closed = False
-        self._reading_paused = False
+        self._intake: Intake | None = None
         self._reader: asyncio.Future[None] | None = None
         self._write_paused = False
         self._writers: list[asyncio.Future[None]] = []
@@ -99,6 +133,11 @@ class Connection(asyncio.BufferedProtocol):
         """Queues bytes of the request; ignored once the peer is gone, as `response` or `read` will tell."""
         if self._transport is not None and not self._closed:
             self._transport.write(data)
+
+    @property
+    def congested(self) -> bool:
+        """`drain` would wait."""
+        return self._write_paused and not self._closed
 
     async def drain(self) -> None:
         """Waits while the peer does not take what was written. Never raises for a lost peer."""
@@ -192,6 +231,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._intake = Intake(self._loop, self._transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -214,8 +254,8 @@ class Connection(asyncio.BufferedProtocol):
         if body:
             self._pieces.append(body)
         self._unread_bytes += nbytes
-        if (self._unread_bytes >= READ_BYTES or parser.excess) and not self._reading_paused:
-            self._pause_reading()
+        if (self._unread_bytes >= READ_BYTES or parser.excess) and self._intake is not None:
+            self._intake.pause()
         self._wake()
 
     def eof_received(self) -> None:
@@ -248,16 +288,10 @@ class Connection(asyncio.BufferedProtocol):
             raise RuntimeError("no exchange has begun")
         return self._parser
 
-    def _pause_reading(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._reading_paused = True
-            self._transport.pause_reading()
-
     def _resume_reading(self) -> None:
         self._unread_bytes = 0
-        if self._reading_paused and self._transport is not None and not self._closed:
-            self._reading_paused = False
-            self._transport.resume_reading()
+        if self._intake is not None and self._intake.paused and not self._closed:
+            self._intake.resume()
 
     def _fail(self, reason: str) -> None:
         if self._error is None and self._parser is not None and not self._parser.complete:

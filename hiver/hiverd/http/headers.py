@@ -16,23 +16,55 @@ HOP_BY_HOP: Final = frozenset(
         b"proxy-authorization",
         b"proxy-connection",
         b"te",
-        b"trailer",  # trailers are not relayed: ASGI servers cannot send them
+        b"trailer",  # where trailers are not relayed: ASGI servers cannot send them
         b"transfer-encoding",
         b"upgrade",
     )
 )
+_WITH_TRAILERS: Final = HOP_BY_HOP - {b"trailer"}
 _REBUILT: Final = HOP_BY_HOP | {b"host", b"content-length", b"x-forwarded-for"}
+_NO_TRAILERS: Final = HOP_BY_HOP | frozenset(
+    (
+        b"authorization",
+        b"content-encoding",
+        b"content-length",
+        b"content-range",
+        b"content-type",
+        b"cookie",
+        b"expect",
+        b"host",
+        b"range",
+        b"set-cookie",
+    )
+)
+"""What a message is read by, so it cannot come behind it: framing, routing, access, format (RFC 9110 6.5.1)."""
 _MAX_CACHED_NAME_BYTES: Final = 64
 
 
-def end_to_end(headers: Headers) -> Headers:
-    """The fields that are meant for the other end, in order, repeated ones included."""
-    dropped = HOP_BY_HOP
+def end_to_end(headers: Headers, *, trailers: bool = False) -> Headers:
+    """The fields that are meant for the other end, in order, repeated ones included.
+
+    `trailers`: those are relayed as well, and so is what announces them.
+    """
+    dropped = always = _WITH_TRAILERS if trailers else HOP_BY_HOP
     for name, _ in headers:
         if name == b"connection":
-            dropped = HOP_BY_HOP | connection_tokens(headers)
+            dropped = always | connection_tokens(headers)
             break
     return [field for field in headers if field[0] not in dropped]
+
+
+def takes_trailers(headers: Headers) -> bool:
+    """Whether `TE: trailers` asks for them (RFC 9110 10.1.4)."""
+    return any(
+        name == b"te" and b"trailers" in [member.strip().lower() for member in value.split(b",")]
+        for name, value in headers
+    )
+
+
+def relayed_trailers(fields: Headers, reserved: frozenset[bytes] = frozenset()) -> Headers:
+    """Those of the fields behind a body that may be there, without `reserved` names."""
+    return [field for field in fields if field[0] not in _NO_TRAILERS and field[0] not in reserved]
 
 
 def forwarded(headers: Headers, client_host: str | None, scheme: str) -> Headers:
