@@ -31,6 +31,8 @@ class RecordedEvents:
     def __init__(self) -> None:
         self.unwanted: set[type[Event]] = set()
         self.recorded: list[Event] = []
+        self.waits = 0
+        """How often somebody asked for room."""
 
     def wants(self, event_type: type[Event]) -> bool:
         return event_type not in self.unwanted
@@ -38,6 +40,9 @@ class RecordedEvents:
     def emit(self, event: Event) -> int:
         self.recorded.append(event)
         return len(self.recorded)
+
+    async def room(self) -> None:
+        self.waits += 1
 
     def of(self, event_type: type[Any]) -> list[Any]:
         return [event for event in self.recorded if isinstance(event, event_type)]

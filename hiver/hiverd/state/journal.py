@@ -78,7 +78,8 @@ class Journal:
 
     async def room(self) -> None:
         """Waits while too much is queued: for producers that a workload can drive."""
-        await self._room.wait()
+        while not self._room.is_set():  # again, as another one may have filled it since the wait ended
+            await self._room.wait()
 
     def append(self, events: SandboxEvents, event_id: int, event: Event) -> None:
         body = encode_event(event, event_id, self._clock.wall())
@@ -245,6 +246,9 @@ class SandboxEvents(EventSink):
         if not self.closed and (self._types is None or kind in self._types):
             self._journal.append(self, self._last_id, event)
         return self._last_id
+
+    async def room(self) -> None:
+        await self._journal.room()
 
     def set_log_position(self, position: str) -> None:
         if not self.closed:

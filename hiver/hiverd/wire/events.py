@@ -173,3 +173,6 @@ class EventSink(Protocol):
 
     def emit(self, event: Event) -> int:
         """Records the event and returns its id. Excluded types consume an id too (PROTOCOL 7). Never blocks."""
+
+    async def room(self) -> None:
+        """Waits while too much is queued to be stored: for producers that a workload can drive."""
