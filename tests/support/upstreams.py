@@ -11,15 +11,21 @@ import json
 import socket
 import socketserver
 import ssl
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 _CHUNK = b"x" * 65536
 
@@ -49,6 +55,43 @@ class Authority:
         """A private key and a certificate for these names."""
         made = self._ca.issue_cert(*names)
         return made.private_key_pem.bytes(), b"".join(blob.bytes() for blob in made.cert_chain_pems)
+
+    def strange_context(self, *names: str, days: tuple[int, int] = (-1, 30), issuer: str = "this") -> ssl.SSLContext:
+        """The same with something wrong. `days`: from when until when it is valid, from now; `issuer`: `this`, an
+        `unknown` one, or `itself`."""
+        now = datetime.now(UTC)
+        since, until = (now + timedelta(days=day) for day in days)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if issuer == "itself":
+            key, certificate = _self_signed(names[0], since, until)
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(key + certificate)
+                file.flush()
+                context.load_cert_chain(file.name)
+        else:
+            authority = self._ca if issuer == "this" else trustme.CA(key_type=trustme.KeyType.ECDSA)
+            authority.issue_cert(*names, not_before=since, not_after=until).configure_cert(context)
+        return context
+
+
+def _self_signed(name: str, not_before: datetime, not_after: datetime) -> tuple[bytes, bytes]:
+    """Key and certificate as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(not_before)
+        .not_valid_after(not_after)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return private, certificate.public_bytes(pem)
 
 
 class Seen(NamedTuple):
@@ -204,7 +247,7 @@ class _Requests(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(size))
         self.end_headers()
-        for piece in _pieces(size):
+        for piece in _pieces(size if self.command != "HEAD" else 0):
             self.wfile.write(piece)
 
     def _answer_chunked(self, argument: str, _: object) -> None:

@@ -6,6 +6,7 @@ import abc
 from collections.abc import AsyncIterator, Callable
 from typing import ClassVar, Final
 
+from hiverd.egress.budget import Budget
 from hiverd.egress.stream import Stream
 from hiverd.http.framing import Headers
 from hiverd.http.requests import RequestError, RequestHead
@@ -55,13 +56,20 @@ class AgentSide(abc.ABC):
     def body(self) -> AsyncIterator[bytes]:
         """The pieces of the body as they come. Raises `AgentGoneError`, `RequestError`."""
 
-    async def whole_body(self, limit: int) -> bytes:
-        """Raises `RequestError` 413 beyond the limit."""
+    async def whole_body(self, limit: int, budget: Budget) -> bytes:
+        """Raises `RequestError` 413 beyond the limit, 503 beyond the budget; what is returned counts as held."""
         gathered = bytearray()
-        async for piece in self.body():
-            gathered += piece
-            if len(gathered) > limit:
-                raise RequestError(413, "the request's body is too large to be changed")
+        try:
+            async for piece in self.body():
+                if len(gathered) + len(piece) > limit:
+                    raise RequestError(413, "the request's body is too large to be changed")
+                room = budget.take(len(piece))
+                gathered += piece[:room]
+                if room < len(piece):
+                    raise RequestError(503, "too many bodies are being changed at once")
+        except BaseException:
+            budget.give(len(gathered))
+            raise
         return bytes(gathered)
 
     @abc.abstractmethod

@@ -24,6 +24,8 @@ class Http1Agent(AgentSide):
         self._parser = RequestParser()
         self._early = excess
         self._pieces: list[bytes] = []
+        self._broken: ProtocolError | None = None
+        """What is wrong with the part of the body that came with the head."""
         self._begun = False
         self._chunked = False
         self._keep = False
@@ -64,8 +66,7 @@ class Http1Agent(AgentSide):
         data, self._early = self._early, b""
         try:
             while True:
-                if data and (piece := self._parser.feed(data)):
-                    self._pieces.append(piece)
+                self._take_first(data)
                 if self._parser.head is not None:
                     self.head = self._parser.head
                     return True
@@ -83,6 +84,16 @@ class Http1Agent(AgentSide):
         except ProtocolError as error:
             raise RequestError(400, str(error)) from error
 
+    def _take_first(self, data: bytes) -> None:
+        """A body that is malformed from the start is still the body of a request that can be judged."""
+        try:
+            if data and (piece := self._parser.feed(data)):
+                self._pieces.append(piece)
+        except ProtocolError as error:
+            if self._parser.head is None:
+                raise
+            self._broken = error
+
     def _patience_seconds(self) -> float:
         """A head has its time as a whole, however small the pieces in which it comes."""
         if not self._parser.begun:
@@ -95,6 +106,8 @@ class Http1Agent(AgentSide):
     async def body(self) -> AsyncIterator[bytes]:
         while self._pieces:
             yield self._pieces.pop(0)
+        if self._broken is not None:
+            raise RequestError(400, str(self._broken)) from self._broken
         while not self._parser.complete:
             try:
                 data = await self._stream.read(BODY_STALL_SECONDS)
@@ -159,7 +172,7 @@ class Http1Agent(AgentSide):
     async def refuse(self, status: int, text: str) -> None:
         self._keep = False
         if self._begun:
-            self._stream.abort()
+            self._stream.reset()
             return
         self._begun = True
         content = f"{text}\n".encode() if text else b""

@@ -20,6 +20,8 @@ from hiverd.http.connection import Connection
 
 DIAL_SECONDS: Final = 10.0
 """For resolving and connecting together (PROTOCOL 5.4)."""
+KEEPALIVE_SECONDS: Final = 30
+"""Between two signs of life from an upstream; nine are let pass (tcp(7))."""
 _T = TypeVar("_T")
 
 Judge = Callable[[Address], bool]
@@ -54,6 +56,8 @@ class Dialer:
                 return await self._first(allowed, port)
         except TimeoutError as error:
             raise DialError("the upstream does not answer") from error
+        except OSError as error:  # no descriptor is left, for instance
+            raise DialError(f"the upstream cannot be connected to: {_reason(error)}") from error
 
     async def secure(self, sock: socket.socket, host: str, connection: Connection) -> None:
         """TLS on a fresh socket, then HTTP/1.1 on it through `connection`. Raises `DialError`."""
@@ -118,6 +122,10 @@ class Dialer:
             try:
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # There is no limit on how long an answer may take, so an upstream that vanished must show.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS)
                 await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
             except OSError as error:
                 sock.close()
@@ -127,8 +135,12 @@ class Dialer:
                 raise
             else:
                 return sock
-        reason = os.strerror(refused.errno) if refused is not None and refused.errno else "no address"
-        raise DialError(f"the upstream cannot be connected to: {reason}")
+        raise DialError(f"the upstream cannot be connected to: {_reason(refused)}")
+
+
+def _reason(error: OSError | None) -> str:
+    """Without the address, which the event loop puts into its own message."""
+    return os.strerror(error.errno) if error is not None and error.errno else "no address"
 
 
 async def _secured(host: str, handshake: Awaitable[_T]) -> _T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import zlib
+import logging
 from typing import Final
 
 from msgspec import Struct
@@ -23,16 +23,20 @@ from hiverd.egress.upstream_http1 import Http1Upstream
 from hiverd.egress.websocket import relay_websocket
 from hiverd.http.connection import UpstreamError
 from hiverd.http.framing import Headers
-from hiverd.http.headers import end_to_end, field_block
+from hiverd.http.headers import end_to_end, field_block, relayed_trailers, takes_trailers
 from hiverd.http.http2 import is_grpc
 from hiverd.http.requests import RequestError, RequestHead
 
 CONTINUE_SECONDS: Final = 1.0
 """How long an agent that sent `Expect: 100-continue` waits for the upstream's consent (RFC 9110 10.1.1)."""
-RECORD_SECONDS: Final = 0.25
-"""How long a request with a body is not yet on record."""
+RECORD_SECONDS: Final = 2.0
+"""How long a request is not yet on record for the sake of a body that is still coming."""
+STALL_SECONDS: Final = 120.0
+"""How long an upstream may take nothing of a body."""
 _IDEMPOTENT: Final = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))
 _REPLACED: Final = frozenset((b"host", b"content-length", b"expect"))
+
+log = logging.getLogger(__name__)
 
 
 class Way(Struct, frozen=True, kw_only=True):
@@ -61,6 +65,9 @@ class Exchange:
         self._grpc = agent.full_duplex and is_grpc(agent.head.headers)
         self._side: UpstreamSide | None = None
         self._upload: asyncio.Task[None] | None = None
+        self._held_bytes = 0
+        self._fault: Exception | None = None
+        """Why its body could not be sent on to the end."""
         self._attempt = Attempt(
             outlet.events,
             host=self._hosts[0],
@@ -68,6 +75,7 @@ class Exchange:
             path=self._head.path,
             query=self._head.query,
             headers=self._head.headers,
+            budget=outlet.recording,
         )
 
     async def run(self) -> None:
@@ -76,6 +84,7 @@ class Exchange:
         Raises nothing but cancellation and `OSError` of the agent's side.
         """
         try:
+            await self._attempt.room()
             await self._run()
         except AgentGoneError:
             self._attempt.response(0)
@@ -95,6 +104,14 @@ class Exchange:
         except OSError:
             self._attempt.response(0)
             raise
+        except Exception:
+            # Whatever went wrong while it was judged or changed, it has not passed (STYLE: policy fails closed).
+            log.exception("egress: a request to %s failed unexpectedly", self._hosts[0])
+            self._attempt.failed(502)
+            await self._agent.refuse(502, "it could not be handled")
+        finally:
+            self._outlet.held_bodies.give(self._held_bytes)
+            self._attempt.end()
 
     def _hosts_of(self, head: RequestHead) -> tuple[str, ...]:
         """Every host that the request names; the first is where it goes. Raises `RequestError`."""
@@ -125,7 +142,7 @@ class Exchange:
         override = rule.source.override
         if override is not None:
             self._attempt.changed_by(overrides.shown_headers(override, self._head.headers), override.host, rule.secrets)
-        if self._head.upgrade == b"websocket" and self._head.method == "GET":
+        if self._head.upgrade == b"websocket" and self._head.method == "GET" and not self._head.has_body:
             await self._switch_protocols(upstream, rule)
         else:
             await self._forward(upstream, rule)
@@ -152,15 +169,17 @@ class Exchange:
             self._side.abort("the rules do not allow it any more")
 
     async def _pass_on(self, upstream: Upstream, rule: Rule, body: bytes | None) -> None:
-        side = await self._send_and_await(upstream, rule, body)
         try:
-            await self._relay(side)
-        except BaseException:
-            side.discard()
-            raise
+            side = await self._send_and_await(upstream, rule, body)
+            try:
+                await self._relay(side)
+            except BaseException:
+                side.discard()
+                raise
+        except UpstreamError as error:
+            raise self._fault or error from error
         finally:
-            if self._upload is not None:
-                await self._end_upload()
+            await self._end_upload()
 
     async def _changed_body(self, rule: Rule) -> bytes | None:
         """What is sent instead of the agent's body; None: that body as it comes, or none."""
@@ -169,11 +188,12 @@ class Exchange:
         if not (replaced or code):
             return None
         await self._agent.ask_for_body()
-        sent = await self._agent.whole_body(overrides.MAX_MERGED_BODY_BYTES)
+        sent = await self._agent.whole_body(overrides.MAX_MERGED_BODY_BYTES, self._outlet.held_bodies)
+        self._held_bytes = len(sent)
         self._attempt.whole_body(sent)
         body = sent
         if override is not None and replaced:
-            body = overrides.body(override, _decoded(sent, self._head.headers))
+            body = overrides.body(override, overrides.decoded(sent, self._head.headers))
         if code:
             body = await self._run_script(code, rule, body)
         return body if body or replaced or self._head.has_body else None
@@ -208,7 +228,7 @@ class Exchange:
                 return side
             except UpstreamError as error:
                 side.discard()
-                if not (repeatable and side.reused and error.unanswered):
+                if not (repeatable and side.reused and error.unanswered) or self._agent.gone:
                     raise
                 side = None
             except BaseException:
@@ -221,48 +241,25 @@ class Exchange:
         if streams_body and self._head.expects_continue:
             fields.append((b"expect", b"100-continue"))
         await side.begin(self._head.method, self._target(rule), self._with_host(fields), body, streamed=streams_body)
+        timer: asyncio.TimerHandle | None = None
+        if streams_body and self._attempt.collects_body:
+            timer = self._loop.call_later(RECORD_SECONDS, self._attempt.request, "allowed")
+        else:
+            self._attempt.request("allowed")
         if streams_body:
-            await self._send_body_and_await(side)
-            return
-        self._attempt.request("allowed")
+            self._upload = asyncio.create_task(self._send_body(side, rule), name="egress-upload")
         self._agent.watch(side.abort_for_client)
         try:
             await side.response()
         finally:
             self._agent.watch(None)
-
-    async def _send_body_and_await(self, side: UpstreamSide) -> None:
-        timer = self._loop.call_later(RECORD_SECONDS, self._attempt.request, "allowed")
-        self._upload = asyncio.create_task(self._send_body(side), name="egress-upload")
-        self._agent.watch(side.abort_for_client)
-        try:
-            await side.response()
-        except UpstreamError as error:
-            if (failure := await self._end_upload()) is not None:
-                raise failure from error  # it is why the upstream was given up
-            raise
-        except BaseException:
-            await self._end_upload()
-            raise
-        finally:
-            timer.cancel()
-            self._agent.watch(None)
-        if not side.full_duplex and (failure := await self._end_upload()) is not None:
-            raise failure
-
-    async def _end_upload(self) -> Exception | None:
-        """Ends the sending of the body: what is left of it is not wanted (RFC 9112 9.3). Returns why it had failed."""
-        upload, self._upload = self._upload, None
-        if upload is None:
-            return None
-        upload.cancel()
-        outcome = (await asyncio.gather(upload, return_exceptions=True))[0]
-        return outcome if isinstance(outcome, Exception) else None
+            if timer is not None:
+                timer.cancel()
 
     def _overridden(self, rule: Rule) -> Headers:
         """The agent's fields as the rule's override leaves them, without framing."""
         override = rule.source.override
-        fields = [field for field in end_to_end(self._head.headers) if field[0] not in _REPLACED]
+        fields = [field for field in end_to_end(self._head.headers, trailers=True) if field[0] not in _REPLACED]
         fields = overrides.headers(override, fields)
         return overrides.without_body_fields(fields) if overrides.replaces_body(override) else fields
 
@@ -270,6 +267,8 @@ class Exchange:
         fields = self._overridden(rule)
         if self._edit is not None:
             fields = self._edit.headers(fields)
+        if takes_trailers(self._head.headers):
+            fields += [(b"te", b"trailers"), (b"connection", b"te")]
         if body is not None:
             if self._own_authority is not None:
                 # It names the image where the body does not, and a pinned body is to be all there is (PROTOCOL 4.5).
@@ -292,31 +291,51 @@ class Exchange:
         host = self._own_authority or self._head.host or self._hosts[0]
         return [(b"host", host.encode("latin-1")), *fields]
 
-    async def _send_body(self, side: UpstreamSide) -> None:
+    async def _send_body(self, side: UpstreamSide, rule: Rule) -> None:
+        """Goes on while an answer comes, as an upstream may answer what it has so far."""
+        try:
+            if await self._may_send_body(side):
+                async for piece in self._agent.body():
+                    self._attempt.request_body(piece)
+                    await self._send_piece(side, piece)
+                await side.end(relayed_trailers(self._agent.trailers, overrides.header_names(rule.source.override)))
+                self._attempt.request("allowed")
+        except Exception as error:  # noqa: BLE001 -- raised by whoever awaits the answer
+            self._fault = error
+            side.abort("the request was broken off")
+
+    async def _may_send_body(self, side: UpstreamSide) -> bool:
+        """Asks an agent for its body once the upstream has; False if the upstream answers without."""
         if self._head.expects_continue:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CONTINUE_SECONDS):
                     await side.continued()
             if side.has_final_head:
-                return
+                return False
             await self._agent.ask_for_body()
+        return True
+
+    async def _send_piece(self, side: UpstreamSide, piece: bytes) -> None:
         try:
-            async for piece in self._agent.body():
-                self._attempt.request_body(piece)
+            async with asyncio.timeout(STALL_SECONDS):
                 await side.send(piece)
-        except (AgentGoneError, RequestError, OSError):
-            side.abort("the agent broke off its request")
-            raise
-        await side.end(end_to_end(self._agent.trailers))
-        self._attempt.request("allowed")
+        except TimeoutError as error:
+            raise UpstreamError("it does not take the request's body") from error
+
+    async def _end_upload(self) -> None:
+        """What has not been sent when the answer has ended is not wanted (RFC 9112 9.3)."""
+        if self._upload is not None:
+            self._upload.cancel()
+            await asyncio.gather(self._upload, return_exceptions=True)
 
     async def _relay(self, side: UpstreamSide) -> None:
         head = await side.response()
         self._attempt.response(head.status, head.headers)
         agent = self._agent
-        fields = [field for field in end_to_end(head.headers) if field[0] != b"content-length"]
+        fields = [field for field in end_to_end(head.headers, trailers=True) if field[0] != b"content-length"]
         more = not (self._head.method == "HEAD" or head.status in (204, 304))
-        await agent.start(head.status, fields, length=head.content_length, has_body=more)
+        length = None if head.status == 204 else head.content_length  # RFC 9110 8.6
+        await agent.start(head.status, fields, length=length, has_body=more)
         agent.watch(side.abort_for_client)
         try:
             while more:
@@ -324,12 +343,14 @@ class Exchange:
                     await agent.write(b"")  # what has come so far is not held back
                 data, more = await side.read()
                 if data:
-                    self._attempt.response_body(data)
+                    if self._attempt.reads_response:
+                        await self._attempt.room()
+                        self._attempt.response_body(data)
                     await agent.write(data)
         finally:
             agent.watch(None)
-        await agent.finish(end_to_end(side.trailers))
-        if agent.body_read:
+        await agent.finish(relayed_trailers(side.trailers))
+        if agent.body_read and (self._upload is None or self._upload.done()):
             side.done()
         else:
             side.discard()
@@ -359,17 +380,6 @@ class Exchange:
             fields = [*end_to_end(head.headers), (b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
             stream = await self._agent.switch(fields)
             with self._outlet.tunnel(lambda: self._judge().allowed, stream.abort):
-                await relay_websocket(stream, connection, self._attempt)
+                await relay_websocket(stream, connection, self._attempt.message, self._attempt.room)
         finally:
             self._outlet.uplinks.discard(connection)
-
-
-def _decoded(body: bytes, headers: Headers) -> bytes:
-    """Without a gzip coding; with any other it is no JSON, and counts as none."""
-    codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
-    if codings != [b"gzip"]:
-        return body
-    try:
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(body, overrides.MAX_MERGED_BODY_BYTES)
-    except zlib.error:
-        return b""

@@ -11,6 +11,8 @@ from hiverd.egress.peek import Peeker
 
 FIRST_BYTES_SECONDS: Final = 20.0
 """For the whole of a ClientHello, or enough of a request to tell that it is one."""
+IDLE_SECONDS: Final = 75.0
+"""Of a connection on which nobody has said anything, as between two requests."""
 SILENCE_SECONDS: Final = 0.3
 """After which a silent client may be one of a protocol in which the server speaks first."""
 
@@ -40,12 +42,15 @@ async def first_kind(peeker: Peeker) -> Kind | None:
     return kind
 
 
-async def upstream_speaks_first(peeker: Peeker, upstream: socket.socket) -> bool:
-    """Waits for either side's first byte, or its end. `upstream` has no transport. Raises `OSError`."""
+async def upstream_speaks_first(peeker: Peeker, upstream: socket.socket) -> bool | None:
+    """Waits for either side's first byte, or its end; None if neither says anything for too long. `upstream` has no
+    transport. Raises `OSError`."""
     agent = asyncio.ensure_future(peeker.more())
     other = asyncio.ensure_future(Peeker(upstream).more())
     try:
-        await asyncio.wait((agent, other), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((agent, other), timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            return None
         # Both at once: the agent did not wait for a greeting, so its bytes are looked at.
         return not agent.done()
     finally:

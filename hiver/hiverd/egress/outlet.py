@@ -12,6 +12,7 @@ from typing import Final
 from msgspec import Struct
 
 from hiverd.egress.authority import ServerContexts
+from hiverd.egress.budget import Budget
 from hiverd.egress.dialer import Dialer, DialError
 from hiverd.egress.names import Address, HostError, joined
 from hiverd.egress.overrides import dial_target
@@ -30,6 +31,10 @@ from hiverd.wire.events import EventSink
 from hiverd.wire.model import EgressRule
 
 _WAIT_STEP_SECONDS: Final = 0.25
+RECORDED_BODIES_BYTES: Final = 32 << 20
+"""Of requests on their way to the record, all connections together; what finds no room is recorded without its rest."""
+HELD_BODIES_BYTES: Final = 64 << 20
+"""Of requests whose bodies are changed, all connections together; what finds no room is refused."""
 _MAX_RECENT_NAMES: Final = 64
 _RECENT_SECONDS: Final = 10.0
 
@@ -60,6 +65,8 @@ class Outlet:
         self.splicer = Splicer()
         self.dialer = dialer
         self.names = RecentNames()
+        self.recording = Budget(RECORDED_BODIES_BYTES)
+        self.held_bodies = Budget(HELD_BODIES_BYTES)
         self._tunnels: dict[object, tuple[Callable[[], bool], Callable[[], None]]] = {}
         self._changed = asyncio.Event()
         self._rules = rules
@@ -114,19 +121,20 @@ class Outlet:
 
     def upstream(self, rule: Rule, host: str, port: int, *, secure: bool) -> Upstream:
         """Where a request that this rule allows goes. Raises `DialError` for an override that names no host."""
-        override = rule.source.override
+        override, denials = rule.source.override, self.policy.address_denials(rule)
         own_api = self.dialer.own_api
         if host in GATEWAY_NAMES and host not in self._rules.hosts and not (override is not None and override.host):
-            return Upstream(False, host, own_api.host, own_api.port, rule.names_host, own_api.authority)
+            return Upstream(False, host, own_api.host, own_api.port, rule.names_host, denials, own_api.authority)
         try:
             target, port = dial_target(override, host, port)
         except HostError as error:
             raise DialError("the rule's override names no host") from error
         exact = rule.names_host or (override is not None and bool(override.host))
-        return Upstream(secure, host, target, port, exact)
+        return Upstream(secure, host, target, port, exact, denials)
 
     async def connect(self, upstream: Upstream, rule: Rule) -> Connection:
         """A fresh HTTP connection. Raises `DialError`, `ForbiddenAddressError`."""
+        generation = self.uplinks.generation
         sock = await self.socket_to(upstream, rule)
         loop = asyncio.get_running_loop()
         connection = Connection(loop, sock, joined(upstream.host, upstream.port).encode())
@@ -139,7 +147,7 @@ class Outlet:
             connection.abort()
             sock.close()
             raise
-        self.uplinks.add(connection)
+        self.uplinks.add(connection, generation)
         return connection
 
     def kept(self, upstream: Upstream, *, sure: bool) -> UpstreamSide | None:

@@ -102,6 +102,10 @@ class Policy:
             return DENIED
         return first
 
+    def address_denials(self, rule: Rule) -> int:
+        """How many rules `denies_address` looks at. What was dialled for one rule serves another with as many."""
+        return sum(not other.allows and other.index < rule.index for other in self._address_rules)
+
     def denies_address(self, address: Address, port: int, *, before: Rule) -> bool:
         """Whether a deny rule about addresses, above the rule that let a name pass, covers what the name led to."""
         inner = embedded_ipv4(address)

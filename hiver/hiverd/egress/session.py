@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
-import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -92,11 +92,14 @@ class Session:
             except RequestError as error:
                 self._attempt(way.name or joined(self._address, self._port), UNKNOWN).denied(error.status)
                 await agent.refuse(error.status, str(error))
+                await stream.linger()
                 return
             if agent.head.host and way.name is None:
                 self._outlet.names.used(agent.head.host.partition(":")[0].lower())
             await exchange.run()
             if not agent.reusable:
+                if not agent.body_read:
+                    await stream.linger()
                 return
             excess = agent.excess
 
@@ -116,7 +119,7 @@ class Session:
             return self._outlet.policy.judge_handshake(host, self._port)
 
         attempt = self._attempt(host, "TLS")
-        verdict = await self._outlet.verdict(judge, attempt, lambda: False)
+        verdict = await self._outlet.verdict(judge, attempt, self._has_closed)
         if verdict.rule is None or not verdict.allowed:
             attempt.denied(0)
             await self._alert(ACCESS_DENIED, "no rule allows it")
@@ -142,7 +145,7 @@ class Session:
     async def _intercept(self, host: str) -> None:
         try:
             self._stream = await Stream.over(self._sock, self._outlet.contexts.get(host))
-        except ssl.SSLError as error:
+        except OSError as error:
             # The agent does not trust us, or gave up: it would be a riddle without a trace.
             attempt = self._attempt(host, "TLS")
             attempt.response(0)
@@ -176,6 +179,7 @@ class Session:
 
     async def _splice(self, host: str, rule: Rule, judge: Callable[[], Verdict], attempt: Attempt) -> None:
         """Untouched bytes, once the upstream is reached (PROTOCOL 0.11)."""
+        attempt.leads_to(rule)
         try:
             upstream = self._outlet.upstream(rule, host, self._port, secure=False)
             sock = await self._outlet.socket_to(upstream, rule)
@@ -184,9 +188,11 @@ class Session:
             await self._alert(ACCESS_DENIED, str(error))
             return
         except DialError as error:
+            attempt.request("allowed")
             attempt.response(502)
             await self._alert(INTERNAL_ERROR, str(error))
             return
+        attempt.request("allowed")
         attempt.response(200)
         await self._join(sock, lambda: judge().allowed)
 
@@ -215,14 +221,20 @@ class Session:
             return False
         try:
             sock = await self._outlet.socket_to(self._outlet.upstream(rule, host, self._port, secure=False), rule)
-        except (DialError, ForbiddenAddressError):
+        except DialError:
             await self._serve_opaque(host)  # which finds the same, and records it
             return True
+        except ForbiddenAddressError:
+            return False  # the agent may still name a host that it can reach
+        attempt = self._attempt(joined(host, self._port), UNKNOWN)
+        attempt.leads_to(rule)
         try:
-            if not await upstream_speaks_first(peeker, sock):
+            speaks = await upstream_speaks_first(peeker, sock)
+            if speaks is None:
+                attempt.response(0)
+                return True
+            if not speaks or not self._judge_opaque(host).allowed:
                 return False
-            attempt = self._attempt(joined(host, self._port), UNKNOWN)
-            attempt.request("allowed")
             attempt.response(200)
             self._stream = await Stream.over(self._sock)
             await self._relay(host, self._stream, await Stream.to(sock))
@@ -263,6 +275,7 @@ class Session:
         try:
             with self._outlet.tunnel(lambda: self._judge_opaque(host).allowed, other.abort):
                 await relay(stream, other, admit)
+            await asyncio.gather(stream.close(), other.close())
         finally:
             other.abort()
             stream.abort()
@@ -280,15 +293,20 @@ class Session:
         if verdict.rule is None or not verdict.allowed:
             attempt.denied(0)
             return None
-        attempt.request("allowed")
+        attempt.leads_to(verdict.rule)
         try:
             upstream = self._outlet.upstream(verdict.rule, host, self._port, secure=secure)
-            return await self._outlet.socket_to(upstream, verdict.rule), attempt
+            sock = await self._outlet.socket_to(upstream, verdict.rule)
         except ForbiddenAddressError:
             attempt.denied(0)
+            return None
         except DialError:
+            sock = None
+        attempt.request("allowed")
+        if sock is None:
             attempt.response(502)
-        return None
+            return None
+        return sock, attempt
 
     async def _join(self, other: socket.socket, still_allowed: Callable[[], bool]) -> None:
         """Bytes as they are, both ways, until both directions end or the rules do not allow it any more."""
@@ -304,12 +322,10 @@ class Session:
             other.close()
 
     def _has_closed(self) -> bool:
-        try:
-            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        """Also where bytes that nobody has taken yet stand before the end."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def _attempt(self, host: str, method: str) -> Attempt:
         return Attempt(self._outlet.events, host=host, method=method, path="/")

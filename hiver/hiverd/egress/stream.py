@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import struct
 from collections.abc import Callable
 from typing import Final, cast
 
-from hiverd.http.connection import READ_BYTES, read_buffer
+from hiverd.http.connection import READ_BYTES, Intake, read_buffer
 
 HANDSHAKE_SECONDS: Final = 30.0
+LINGER_SECONDS: Final = 10.0
+"""How long what the other side still sends is taken and dropped, so that it gets to read the last answer."""
+_QUIET_SECONDS: Final = 2.0
+_FLUSH_SECONDS: Final = 300.0
+"""How long a side may take nothing of what is left for it. Long, as the kernel's own buffers hide that it does."""
+_SHUTDOWN_SECONDS: Final = 5.0
+"""For the end of TLS."""
 
 
 class Stream(asyncio.BufferedProtocol):
@@ -27,7 +35,7 @@ class Stream(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._pieces: list[bytes] = []
         self._held_bytes = 0
-        self._reading_paused = False
+        self._intake: Intake | None = None
         self._eof = False
         self._lost = False
         self._reader: asyncio.Future[None] | None = None
@@ -127,21 +135,53 @@ class Stream(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def close(self, seconds: float = 5.0) -> None:
-        """Closes when what was written is sent, or the time has passed."""
-        if self._transport is None:
+    def reset(self) -> None:
+        """`abort`, so that the other side cannot take it for a usual end."""
+        if self._transport is not None and not self._lost:
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.abort()
+
+    async def linger(self) -> None:
+        """Before `close`, where the other side may still be sending: closing on unread bytes would reset the
+        connection, and the last answer with it (RFC 9112 9.6)."""
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                self.end()
+                while await self.read(_QUIET_SECONDS):
+                    pass
+        except (OSError, TimeoutError):
+            pass
+
+    async def close(self, seconds: float | None = None) -> None:
+        """Closes when what was written is sent, or is not taken any more; `seconds` is the longest that may take."""
+        transport = self._transport
+        if transport is None:
             return
-        self._transport.close()
+        transport.close()
+        if seconds is not None:
+            if not await self._is_closed(seconds):
+                self.abort()
+            return
+        left = transport.get_write_buffer_size()
+        while not await self._is_closed(_FLUSH_SECONDS if left else _SHUTDOWN_SECONDS):
+            before, left = left, transport.get_write_buffer_size()
+            if left >= before:
+                self.abort()
+
+    async def _is_closed(self, seconds: float) -> bool:
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.shield(self._closed)
         except TimeoutError:
-            self.abort()
+            return False
+        return True
 
     # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._intake = Intake(self._loop, self._transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -149,9 +189,8 @@ class Stream(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self._pieces.append(bytes(self._buffer[:nbytes]))
         self._held_bytes += nbytes
-        if self._held_bytes >= READ_BYTES and not self._reading_paused and self._transport is not None:
-            self._reading_paused = True
-            self._transport.pause_reading()
+        if self._held_bytes >= READ_BYTES and self._intake is not None:
+            self._intake.pause()
         self._wake()
 
     def eof_received(self) -> bool:
@@ -209,10 +248,8 @@ class Stream(asyncio.BufferedProtocol):
 
     def _resume(self) -> None:
         self._held_bytes = 0
-        if self._reading_paused and self._transport is not None and not self._lost:
-            self._reading_paused = False
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
+        if self._intake is not None and self._intake.paused and not self._lost:
+            self._intake.resume()
 
     async def _drain(self) -> None:
         while self._write_paused:
@@ -243,15 +280,18 @@ Admit = Callable[[bytes], bool | None]
 
 
 async def relay(one: Stream, other: Stream, admit: Admit | None = None) -> None:
-    """Bytes as they are, both ways, until both directions have ended or one side breaks off; also if `admit` refuses
-    what `one` begins with."""
+    """Bytes as they are, both ways, until both directions have ended. Raises `OSError` when one side breaks off, or
+    `admit` refuses what `one` begins with."""
     tasks = [asyncio.ensure_future(_pump(one, other, admit)), asyncio.ensure_future(_pump(other, one))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, OSError):
+            raise outcome
 
 
 async def _pump(source: Stream, target: Stream, admit: Admit | None = None) -> None:
@@ -260,8 +300,12 @@ async def _pump(source: Stream, target: Stream, admit: Admit | None = None) -> N
     while data := await source.read():
         await target.write(data)
     target.end()
-    if not target.half_closes:
-        raise ConnectionAbortedError
+    if not (source.half_closes and target.half_closes):
+        raise _EndedError
+
+
+class _EndedError(Exception):
+    """One direction has ended, and the other cannot go on without it."""
 
 
 async def _admitted(source: Stream, admit: Admit) -> bool:

@@ -22,6 +22,8 @@ class Upstream(NamedTuple):
     port: int
     exact: bool
     """The rule names the host, so guarded addresses may have been dialled."""
+    denials: int
+    """How many rules against addresses stand above the rule, so were asked before dialling."""
     own_authority: str | None = None
     """This server's own API: what its requests have for a Host, whatever the agent calls it."""
 
@@ -32,7 +34,10 @@ class Uplinks:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._idle: dict[Upstream, list[tuple[Connection, float]]] = {}
-        self._all: set[Connection] = set()
+        self._all: dict[Connection, int] = {}
+        """Each with the generation of rules under which it was made."""
+        self.generation = 0
+        """Changes with the rules."""
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -51,15 +56,16 @@ class Uplinks:
             self.discard(connection)
         return None
 
-    def add(self, connection: Connection) -> None:
-        """Counts a new connection as one of this sandbox's."""
+    def add(self, connection: Connection, generation: int) -> None:
+        """Counts a new connection, dialled under the rules of that generation, as one of this sandbox's."""
         if self._closed:
             connection.abort()
-        self._all.add(connection)
+        self._all[connection] = generation
 
     def give_back(self, upstream: Upstream, connection: Connection) -> None:
         """After an exchange: keeps the connection if it can carry another one."""
-        if self._closed or not connection.finish() or sum(map(len, self._idle.values())) >= MAX_IDLE:
+        old = self._all.get(connection) != self.generation
+        if old or self._closed or not connection.finish() or sum(map(len, self._idle.values())) >= MAX_IDLE:
             self.discard(connection)
             return
         self._idle.setdefault(upstream, []).append((connection, self._loop.time() + IDLE_SECONDS))
@@ -68,11 +74,12 @@ class Uplinks:
 
     def discard(self, connection: Connection) -> None:
         """Closes at once."""
-        self._all.discard(connection)
+        self._all.pop(connection, None)
         connection.abort()
 
     def forget_idle(self) -> None:
-        """The rules have changed: what was dialled under the old ones is not used again."""
+        """The rules have changed: what was dialled under the old ones is not used again, nor what is in use now."""
+        self.generation += 1
         for idle in self._idle.values():
             for connection, _ in idle:
                 self.discard(connection)

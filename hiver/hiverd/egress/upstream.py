@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Awaitable
-from typing import ClassVar
 
 from hiverd.http.framing import Headers
 from hiverd.http.responses import ResponseHead
@@ -17,8 +16,6 @@ class UpstreamSide(abc.ABC):
     Sending never raises for a peer that is lost: `response` and `read` tell, by `UpstreamError`.
     """
 
-    full_duplex: ClassVar[bool] = False
-    """The answer may begin, and go on, while the request's body is still being sent."""
     reused: bool
     """Other exchanges have used the connection."""
 

@@ -8,7 +8,7 @@ from hiverd.egress.uplinks import Uplinks, Upstream
 from hiverd.egress.upstream import UpstreamSide
 from hiverd.http.connection import Connection
 from hiverd.http.framing import Headers
-from hiverd.http.headers import end_to_end, field_block
+from hiverd.http.headers import field_block
 from hiverd.http.responses import ResponseHead
 
 
@@ -45,7 +45,7 @@ class Http1Upstream(UpstreamSide):
 
     async def end(self, trailers: Headers) -> None:
         if self._chunked:
-            self._connection.write(b"0\r\n" + field_block(end_to_end(trailers)) + b"\r\n")
+            self._connection.write(b"0\r\n" + field_block(trailers) + b"\r\n")
 
     def response(self) -> Awaitable[ResponseHead]:
         return self._connection.response()

@@ -24,15 +24,13 @@ from hiverd.http.framing import Headers, ProtocolError
 from hiverd.http.http2 import http2_fields, parse_http2_response
 from hiverd.http.responses import MAX_INTERIM_RESPONSES, ResponseHead
 
-_NOT_SENT: Final = frozenset((b"host", b"transfer-encoding", b"te"))
+_NOT_SENT: Final = frozenset((b"host", b"transfer-encoding", b"connection", b"te"))
 
 log = logging.getLogger(__name__)
 
 
 class Http2Upstream(UpstreamSide):
     """One exchange, on a stream that is opened when it begins."""
-
-    full_duplex = True
 
     def __init__(self, uplink: Http2Uplink) -> None:
         self._uplink = uplink

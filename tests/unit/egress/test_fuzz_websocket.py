@@ -21,7 +21,7 @@ class Recorder:
 
 def frames() -> tuple[Any, Recorder]:
     recorder = Recorder()
-    return Frames(recorder, "up"), recorder  # type: ignore[arg-type]
+    return Frames(recorder.message, "up"), recorder
 
 
 def frame(opcode: int, content: bytes, *, final: bool = True, mask: bytes = b"") -> bytes:
