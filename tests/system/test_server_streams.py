@@ -6,21 +6,18 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Self
 
 import httpx
-import psutil
 import pytest
 
 from support.leaks import marks_of, wait_until_clean
+from support.memory import GROWTH_BYTES, MIB, Peak
 from support.server import Server
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
-MIB = 1 << 20
 OUTPUT_MIB = int(os.environ.get("HIVER_TEST_OUTPUT_MIB", "1024"))
 FILE_MIB = int(os.environ.get("HIVER_TEST_FILE_MIB", "1024"))
-GROWTH_BYTES = 64 * MIB
 
 
 @pytest.fixture
@@ -33,31 +30,6 @@ async def sandbox(tmp_path: Path) -> AsyncIterator[tuple[Server, httpx.AsyncClie
         yield server, client, f"/sandbox/{answer.json()['id']}/v1/k"
     assert server.stop() == 0
     wait_until_clean(marks)
-
-
-class Peak:
-    """The server's largest resident size while it is entered."""
-
-    def __init__(self, server: Server) -> None:
-        self._process = psutil.Process(server.pid)
-        self.before = self.most = self._process.memory_info().rss
-
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._watch(), name="peak")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _watch(self) -> None:
-        while True:
-            self.most = max(self.most, self._process.memory_info().rss)
-            await asyncio.sleep(0.05)
-
-    @property
-    def growth(self) -> int:
-        return self.most - self.before
 
 
 async def test_endless_output(sandbox) -> None:
