@@ -200,10 +200,16 @@ class Rig:
         return agent
 
     async def secure_agent(
-        self, name: str | None = "api.test", *, port: int = 443, address: str = RESOLVER_ADDRESS, **options: Any
+        self,
+        name: str | None = "api.test",
+        *,
+        port: int = 443,
+        address: str = RESOLVER_ADDRESS,
+        receive_bytes: int | None = None,
+        **options: Any,
     ) -> Agent:
         """The same after a TLS handshake, in which the agent trusts the sandbox's CA. Raises `ssl.SSLError`."""
-        agent = await self.agent(port, address)
+        agent = await self.agent(port, address, receive_bytes=receive_bytes)
         async with asyncio.timeout(SECONDS):
             await agent.writer.start_tls(self.agent_context(**options), server_hostname=name or address)
         return agent
