@@ -208,7 +208,11 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     def network_namespace(self) -> str | None:
         """Path of an nsfs file for `setns`, valid while the workload lives. None: the workload has no network at
-        all, so that there is nothing to guard."""
+        all, so that there is nothing to guard.
+
+        The namespace has no device but `lo`, and the workload neither CAP_NET_ADMIN nor CAP_NET_RAW in it: the core
+        closes it by a packet filter, and tells its own sockets by a mark that these could set.
+        """
 
     @property
     def ingress_addresses(self) -> tuple[str, ...]:
