@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -15,10 +16,14 @@ from . import inside, syscalls
 from .userns import UserNamespaces, for_owner, for_sandbox
 
 _OVERLAY_OPTIONS: Final = (
-    # File handles of the overlay are what fanotify reports; kernels that lack the options get along without.
+    # File handles of the overlay are what fanotify reports. Volatile: no sandbox outlives its host's reboot, so what
+    # `sync` would write for that (at each copy of an image's file, and at the end) is work for nobody. Mounts, such as
+    # the workspace, are not part of the overlay and keep what they promise.
+    "volatile,index=on,nfs_export=on,metacopy=off,redirect_dir=nofollow",
     "index=on,nfs_export=on,metacopy=off,redirect_dir=nofollow",
     "",
 )
+"""Kernels that lack options get along without."""
 
 
 class RootFs:
@@ -47,6 +52,10 @@ class RootFs:
             folder.mkdir(mode=0o700, exist_ok=True)
         upper.chmod(0o755)
         os.chown(upper, host_id or 0, host_id or 0)
+        with contextlib.suppress(FileNotFoundError):
+            # Left by a volatile mount that has ended. It stands for a host that may have crashed since, and none of our
+            # volumes outlives that: a sandbox of an earlier boot is removed with its volume.
+            shutil.rmtree(work / "work" / "incompat")
         seeded = inside.seed_etc(base, upper, etc, host_id or 0)
         with self._lower(base, target, host_id) as lower:
             _mount_overlay(lower, upper, work, target)

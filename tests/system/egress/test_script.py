@@ -97,8 +97,8 @@ async def test_a_script_comes_after_the_override(sandboxes: Any, plain: HttpUpst
     sandbox = await sandboxes(egress=[rule])
     await sandbox.run("""curl -sS -H 'Content-Type: application/json' -d '{"a": 1}' 'http://api.test/p?a=1'""")
     (seen,) = plain.seen
-    assert seen.header("X-Seen") == '/pre/p|a=1&k=v|1|{"a": 1, "b": 2}'
-    assert seen.body == b'{"a": 1, "b": 2}'
+    assert seen.header("X-Seen") == '/pre/p|a=1&k=v|1|{"a":1,"b":2}'
+    assert seen.body == b'{"a":1,"b":2}'
 
 
 async def test_requests_without_a_body_get_none_unless_the_script_makes_one(
