@@ -1,4 +1,5 @@
-"""What the egress proxy costs, beside the same client straight at the same upstream."""
+"""What the egress proxy costs: a client in a sandbox reaches an upstream through it, and directly a second one of the
+same kind, which listens in the sandbox's own network namespace."""
 
 from __future__ import annotations
 
@@ -15,11 +16,12 @@ import trustme
 
 from bench import mitmdump
 from bench.caller import Caller
-from bench.measures import wrk_figures
+from bench.measures import pid_of, wrk_figures
 from bench.report import Row, p50, p99
 from hiverd.egress.rules import Policy
 from hiverd.wire.model import EgressRule
 from support.server import REPOSITORY, Server, free_port
+from support.waiting import until
 
 REQUESTS: Final = 2000
 CONNECTIONS: Final = 100
@@ -28,7 +30,11 @@ DOWNLOAD_ROUNDS: Final = 3
 RULES: Final = 1000
 MB: Final = 1e6
 _CLIENT: Final = REPOSITORY / "tests" / "bench" / "egress_client.py"
+_UPSTREAM: Final = REPOSITORY / "tests" / "bench" / "egress_upstream.py"
 _INSIDE: Final = "/tmp/egress_client.py"
+_INSIDE_AUTHORITY: Final = "/tmp/authority.pem"
+_MARK: Final = "86399"
+"""Seconds that a process sleeps by which the sandbox's namespace is found."""
 _NAME: Final = "api.test"
 
 
@@ -43,15 +49,16 @@ class Bench:
         self._sandbox = sandbox
 
     def direct(self, what: str, name: str, count: int, *, tls: bool) -> list[float]:
-        """Seconds of the client on the host."""
-        argv = [sys.executable, str(_CLIENT), what, "127.0.0.1", str(self._ports[tls]), name, str(count)]
-        argv += [f"tls={self._authority}"] if tls else []
-        return _numbers(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+        """Seconds of the client, past the proxy."""
+        trusting = f"tls={_INSIDE_AUTHORITY}"
+        return self._client(what, "127.0.0.1", str(self._ports[tls]), name, str(count), *([trusting] if tls else []))
 
     def through(self, what: str, name: str, count: int, *, tls: bool) -> list[float]:
-        """Seconds of the client in the sandbox."""
-        argv = ["python3", _INSIDE, what, "-", "443" if tls else "80", name, str(count), *(["tls"] if tls else [])]
-        return _numbers(self._caller.exec(self._sandbox, argv)["stdout"])
+        """Seconds of the client, through the proxy."""
+        return self._client(what, "-", "443" if tls else "80", name, str(count), *(["tls"] if tls else []))
+
+    def _client(self, *arguments: str) -> list[float]:
+        return _numbers(self._caller.exec(self._sandbox, ["python3", _INSIDE, *arguments])["stdout"])
 
     def wrk(self) -> tuple[float, float]:
         """Intercepted requests per second, and their p50 in ms."""
@@ -87,19 +94,28 @@ def _bench(folder: Path) -> Iterator[Bench]:
     ca.cert_pem.write_to_path(str(authority))
     ca.issue_cert(_NAME, "*.many.test").private_key_and_cert_chain_pem.write_to_path(str(certificate))
     ports = {False: free_port(), True: free_port()}
-    script = str(REPOSITORY / "tests" / "bench" / "egress_upstream.py")
-    argv = [sys.executable, script, str(ports[False]), str(ports[True]), str(certificate)]
+    argv = [sys.executable, str(_UPSTREAM), str(ports[False]), str(ports[True]), str(certificate)]
     config = f'[egress]\nupstream_ca_files = ["{authority}"]\n'
+    with _running(argv), Server(folder / "server", config=config) as server, Caller(server) as caller:
+        key = "egress"
+        _, made = caller.call("POST", f"/v1/sandboxes/{key}", _config(ports))
+        sandbox = f"/sandbox/{made['id']}/v1/{key}"
+        for path, source in ((_INSIDE, _CLIENT), (_INSIDE_AUTHORITY, authority)):
+            caller.exec(sandbox, f"cat > {path} <<'END'\n{source.read_text()}\nEND")
+        caller.exec(sandbox, f"setsid sleep {_MARK} >/dev/null 2>&1 </dev/null &")
+        pid = until(lambda: pid_of(_MARK), seconds=20, what="a process in the sandbox")
+        with _running(["nsenter", "--target", str(pid), "--net", *argv]):
+            yield Bench(ports[False], ports[True], authority, caller, sandbox)
+
+
+@contextlib.contextmanager
+def _running(argv: list[str]) -> Iterator[None]:
+    """An upstream that listens."""
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as upstream:
         try:
             assert upstream.stdout is not None
             assert upstream.stdout.readline() == b"listening\n"
-            with Server(folder / "server", config=config) as server, Caller(server) as caller:
-                key = "egress"
-                _, made = caller.call("POST", f"/v1/sandboxes/{key}", _config(ports))
-                sandbox = f"/sandbox/{made['id']}/v1/{key}"
-                caller.exec(sandbox, f"cat > {_INSIDE} <<'END'\n{_CLIENT.read_text()}\nEND")
-                yield Bench(ports[False], ports[True], authority, caller, sandbox)
+            yield
         finally:
             upstream.kill()
 

@@ -1,4 +1,4 @@
-"""The client that egress is measured with, on the host and inside a sandbox alike; prints seconds as JSON.
+"""The client that egress is measured with, inside a sandbox; prints seconds as JSON.
 
 egress_client.py keep-alive ADDRESS PORT NAME COUNT      one connection, COUNT requests
 egress_client.py connect    ADDRESS PORT NAME,... COUNT  COUNT connections with a request each, the names in turn

@@ -128,7 +128,7 @@ def proxied_requests(server: Server) -> list[Row]:
         script = f"cat > /tmp/bench_inner.py <<'END'\n{source}\nEND\n"
         caller.exec(sandbox, script)
         caller.exec(sandbox, f"setsid python3 /tmp/bench_inner.py {PROXY_PORT} >/dev/null 2>&1 </dev/null &")
-        pid = until(_inner_pid, seconds=20, what="the inner server runs")
+        pid = until(lambda: pid_of("/tmp/bench_inner.py"), seconds=20, what="the inner server runs")
         url = f"http://127.0.0.1:{server.port}{sandbox}/proxy/{PROXY_PORT}/"
         until(lambda: caller.call("GET", f"{sandbox}/ports")[1] == [PROXY_PORT], seconds=20, what="it listens")
         inside = ["nsenter", "--target", str(pid), "--net"]
@@ -160,14 +160,14 @@ def proxied_requests(server: Server) -> list[Row]:
     ]
 
 
-def _inner_pid() -> int | None:
-    """The host's process id of the server inside the sandbox."""
+def pid_of(argument: str) -> int | None:
+    """The host's process id of a process inside a sandbox, by one of its first two arguments."""
     for entry in Path("/proc").iterdir():
         try:
             argv = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
         except OSError:
             continue
-        if b"/tmp/bench_inner.py" in argv[:2]:
+        if argument.encode() in argv[:2]:
             return int(entry.name)
     return None
 
