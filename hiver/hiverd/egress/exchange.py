@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import Final
 
@@ -18,6 +17,7 @@ from hiverd.egress.recorder import Attempt
 from hiverd.egress.rules import DENIED, Rule, Verdict
 from hiverd.egress.script import ScriptError
 from hiverd.egress.uplinks import Upstream
+from hiverd.egress.upload import Upload
 from hiverd.egress.upstream import UpstreamSide
 from hiverd.egress.upstream_http1 import Http1Upstream
 from hiverd.egress.websocket import relay_websocket
@@ -27,12 +27,8 @@ from hiverd.http.headers import end_to_end, field_block, relayed_trailers, takes
 from hiverd.http.http2 import is_grpc
 from hiverd.http.requests import RequestError, RequestHead
 
-CONTINUE_SECONDS: Final = 1.0
-"""How long an agent that sent `Expect: 100-continue` waits for the upstream's consent (RFC 9110 10.1.1)."""
 RECORD_SECONDS: Final = 2.0
 """How long a request is not yet on record for the sake of a body that is still coming."""
-STALL_SECONDS: Final = 120.0
-"""How long an upstream may take nothing of a body."""
 _IDEMPOTENT: Final = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))
 _REPLACED: Final = frozenset((b"host", b"content-length", b"expect"))
 
@@ -64,10 +60,8 @@ class Exchange:
         self._own_authority: str | None = None
         self._grpc = agent.full_duplex and is_grpc(agent.head.headers)
         self._side: UpstreamSide | None = None
-        self._upload: asyncio.Task[None] | None = None
+        self._upload: Upload | None = None
         self._held_bytes = 0
-        self._fault: Exception | None = None
-        """Why its body could not be sent on to the end."""
         self._attempt = Attempt(
             outlet.events,
             host=self._hosts[0],
@@ -177,9 +171,10 @@ class Exchange:
                 side.discard()
                 raise
         except UpstreamError as error:
-            raise self._fault or error from error
+            raise (self._upload and self._upload.fault) or error from error
         finally:
-            await self._end_upload()
+            if self._upload is not None:
+                await self._upload.end()
 
     async def _changed_body(self, rule: Rule) -> bytes | None:
         """What is sent instead of the agent's body; None: that body as it comes, or none."""
@@ -247,7 +242,7 @@ class Exchange:
         else:
             self._attempt.request("allowed")
         if streams_body:
-            self._upload = asyncio.create_task(self._send_body(side, rule), name="egress-upload")
+            self._upload = Upload(self._agent, side, self._attempt, overrides.header_names(rule.source.override))
         self._agent.watch(side.abort_for_client)
         try:
             await side.response()
@@ -291,43 +286,6 @@ class Exchange:
         host = self._own_authority or self._head.host or self._hosts[0]
         return [(b"host", host.encode("latin-1")), *fields]
 
-    async def _send_body(self, side: UpstreamSide, rule: Rule) -> None:
-        """Goes on while an answer comes, as an upstream may answer what it has so far."""
-        try:
-            if await self._may_send_body(side):
-                async for piece in self._agent.body():
-                    self._attempt.request_body(piece)
-                    await self._send_piece(side, piece)
-                await side.end(relayed_trailers(self._agent.trailers, overrides.header_names(rule.source.override)))
-                self._attempt.request("allowed")
-        except Exception as error:  # noqa: BLE001 -- raised by whoever awaits the answer
-            self._fault = error
-            side.abort("the request was broken off")
-
-    async def _may_send_body(self, side: UpstreamSide) -> bool:
-        """Asks an agent for its body once the upstream has; False if the upstream answers without."""
-        if self._head.expects_continue:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CONTINUE_SECONDS):
-                    await side.continued()
-            if side.has_final_head:
-                return False
-            await self._agent.ask_for_body()
-        return True
-
-    async def _send_piece(self, side: UpstreamSide, piece: bytes) -> None:
-        try:
-            async with asyncio.timeout(STALL_SECONDS):
-                await side.send(piece)
-        except TimeoutError as error:
-            raise UpstreamError("it does not take the request's body") from error
-
-    async def _end_upload(self) -> None:
-        """What has not been sent when the answer has ended is not wanted (RFC 9112 9.3)."""
-        if self._upload is not None:
-            self._upload.cancel()
-            await asyncio.gather(self._upload, return_exceptions=True)
-
     async def _relay(self, side: UpstreamSide) -> None:
         head = await side.response()
         self._attempt.response(head.status, head.headers)
@@ -350,7 +308,7 @@ class Exchange:
         finally:
             agent.watch(None)
         await agent.finish(relayed_trailers(side.trailers))
-        if agent.body_read and (self._upload is None or self._upload.done()):
+        if agent.body_read and (self._upload is None or self._upload.done):
             side.done()
         else:
             side.discard()

@@ -22,8 +22,9 @@ from hiverd.egress.openings import FIRST_BYTES_SECONDS, first_kind, opening, ups
 from hiverd.egress.outlet import Outlet
 from hiverd.egress.peek import Peeker
 from hiverd.egress.recorder import Attempt
+from hiverd.egress.relay import relay
 from hiverd.egress.rules import Rule, Verdict
-from hiverd.egress.stream import Stream, relay
+from hiverd.egress.stream import Stream
 from hiverd.http.requests import RequestError
 
 UNKNOWN: Final = "?"

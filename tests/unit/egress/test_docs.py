@@ -12,7 +12,7 @@ UNITS = {"": 1.0, "s": 1.0, "KiB": 1024.0, "MiB": 1024.0 * 1024}
 LIMIT_ROW = re.compile(r"^\| [^|]+ \| ([0-9.]+) ?(s|KiB|MiB|) \| [^|]+ \| `([\w.]+)\.([A-Z_]+)` \|$", re.MULTILINE)
 MODULES = (
     *("agent", "dialer", "exchange", "first_bytes", "guard", "hello", "openings", "overrides", "recorder"),
-    *("resolver", "stream", "uplinks", "websocket"),
+    *("resolver", "stream", "uplinks", "upload", "websocket"),
 )
 CONSTANT = re.compile(r"^((?:MAX_|(?=[A-Z][A-Z_]*SECONDS))[A-Z_]+): Final", re.MULTILINE)
 INTERNAL = {"RECORD_SECONDS"}

@@ -221,6 +221,7 @@ async def test_a_denied_agent_waits_for_the_journal_too(make_rig: Any) -> None:
         ({"body": {"b": 2}, "body_strategy": "replace"}, None, b'{"a": 1}', {"b": 2}),
         ({"body": "[1]"}, None, b'{"a": 1}', [1]),
     ],
+    ids=["merge", "merge-gzip", "replace", "text"],
 )
 async def test_bodies_that_are_changed(
     make_rig: Any, plain: HttpUpstream, override: Any, coding: str | None, sent: bytes, arrived: Any, chunked: bool

@@ -12,7 +12,7 @@ from typing import Any
 import h11
 import pytest
 
-from hiverd.egress import agent_http1, exchange, stream, uplinks
+from hiverd.egress import agent_http1, stream, uplinks, upload
 from support.egress import eventually, read_head, request, scripted
 from support.upstreams import Authority, HttpUpstream, SocketUpstream, lead
 
@@ -261,7 +261,7 @@ async def test_a_slow_upstream_slows_the_agent(make_rig: Any) -> None:
 
 
 async def test_an_upstream_that_takes_no_body_is_given_up(make_rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(upload, "STALL_SECONDS", 0.3)
     done = threading.Event()
 
     def serve(connection: socket.socket) -> None:

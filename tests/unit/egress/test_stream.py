@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from hiverd.egress import stream
-from hiverd.egress.stream import Stream, relay
+from hiverd.egress.relay import relay
+from hiverd.egress.stream import Stream
 
 SIZE = 2_000_000
 

@@ -36,6 +36,7 @@ def read(headers: Headers, data: bytes, *, step: int = 999, piece: int = 1000) -
         (b"deflate", zlib.compress(TEXT)),
         (b"deflate", raw_deflate(TEXT)),
     ],
+    ids=["none", "identity", "gzip", "x-gzip", "deflate", "raw-deflate"],
 )
 def test_codings(coding: bytes, data: bytes, step: int) -> None:
     pieces = read([(b"content-encoding", coding), (b"content-type", b"text/plain")], data, step=step)
