@@ -35,7 +35,9 @@ _MAX_COMMON_NAME: Final = 64
 class Authority:
     """Signs for one sandbox. Not thread-safe; a new host costs half a millisecond."""
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, *, made: bool = False) -> None:
+        """`made`: nobody can know it yet."""
+        self.made: Final = made
         self._key = key
         self._certificate = certificate
         self._key_id = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
@@ -68,7 +70,7 @@ class Authority:
         with os.fdopen(descriptor, "wb") as file:
             file.write(_private_pem(key) + certificate.public_bytes(serialization.Encoding.PEM))
         unfinished.rename(folder / _FILE)
-        return cls(key, certificate)
+        return cls(key, certificate, made=True)
 
     def leaf(self, host: str) -> bytes:
         """A certificate and its key as PEM, for a canonical host name or address."""

@@ -48,12 +48,18 @@ class EgressGates:
         sockets, authority = await _both(
             gate.set_up(namespace, fresh=fresh), asyncio.to_thread(self._authority, sandbox, install=fresh)
         )
-        contexts = ServerContexts(authority, _PROTOCOLS)
-        outlet = Outlet(self._rules(sandbox.config), sandbox.events, self._dialer, contexts, self._scripts.share())
-        self._guards[sandbox.id] = Guard(sandbox.key, outlet, sockets)
+        try:
+            contexts = ServerContexts(authority, _PROTOCOLS)
+            outlet = Outlet(self._rules(sandbox.config), sandbox.events, self._dialer, contexts, self._scripts.share())
+            self._guards[sandbox.id] = Guard(sandbox.key, outlet, sockets)
+        except BaseException:
+            sockets.close()
+            raise
 
     def _authority(self, sandbox: Sandbox, *, install: bool) -> Authority:
         authority = Authority.load_or_make(self._folder / sandbox.id)
+        if authority.made and not install:
+            log.warning("sandbox %s: its authority was lost; programs inside do not trust the new one", sandbox.key)
         if install:
             environment = {} if sandbox.spec is None else sandbox.spec.env
             trust.install(sandbox.workload, authority.certificate_pem, environment)

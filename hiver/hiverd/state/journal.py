@@ -40,6 +40,7 @@ class Journal:
         self._clock = clock
         self.max_count = max_count
         self.max_bytes = max_bytes
+        self.trim_above = max_count + max(MIN_TRIM_SLACK, max_count // TRIM_SHARE)
         self._pending: list[tuple[SandboxEvents, int, bytes]] = []
         self._pending_bytes = 0
         self._wake = asyncio.Event()
@@ -157,15 +158,15 @@ class Journal:
             await self._trim(events)
 
     async def _trim(self, events: SandboxEvents) -> None:
-        slack = max(MIN_TRIM_SLACK, self.max_count // TRIM_SHARE)
-        if events.stored_count <= self.max_count + slack and events.stored_bytes <= self.max_bytes:
+        if events.stored_count <= self.trim_above and events.stored_bytes <= self.max_bytes:
             return
         too_large = events.stored_bytes > self.max_bytes
         async with self._database.transaction() as connection:
-            await connection.execute(
-                _OLDEST_BY_BYTES if too_large else _OLDEST_BY_COUNT,
-                (events.sandbox_id, self.max_count, self.max_bytes // 2),
-            )
+            if too_large:
+                bounds = (events.sandbox_id, self.max_count, self.max_bytes // 2)
+                await connection.execute(_DELETE_BY_BYTES, bounds)
+            else:
+                await connection.execute(_DELETE_BY_COUNT, (events.sandbox_id, self.max_count))
             cursor = await connection.execute(
                 "SELECT count(*), coalesce(sum(length(body)), 0) FROM events WHERE sandbox_id = ?", (events.sandbox_id,)
             )
@@ -195,11 +196,11 @@ def _inserts(rows: Sequence[tuple[SandboxEvents, int, bytes]]) -> Iterator[tuple
             start += count
 
 
-_OLDEST_BY_COUNT: Final = (
+_DELETE_BY_COUNT: Final = (
     "DELETE FROM events WHERE sandbox_id = ?1 AND id <= coalesce("
-    "(SELECT id FROM events WHERE sandbox_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2), 0) AND ?3"
+    "(SELECT id FROM events WHERE sandbox_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2), 0)"
 )
-_OLDEST_BY_BYTES: Final = (
+_DELETE_BY_BYTES: Final = (
     "DELETE FROM events WHERE sandbox_id = ?1 AND id <= coalesce((SELECT max(id) FROM ("
     " SELECT id, row_number() OVER newest AS n, sum(length(body)) OVER newest AS total"
     " FROM events WHERE sandbox_id = ?1 WINDOW newest AS (ORDER BY id DESC))"
@@ -222,7 +223,8 @@ class SandboxEvents(EventSink):
         self._waiters: set[asyncio.Future[None]] = set()
         self._readers = 0
         self.closed = False
-        self.stored_count = journal.max_count if last_id else 0
+        # What an earlier server left is counted when the first event comes.
+        self.stored_count = journal.trim_above if last_id else 0
         self.stored_bytes = 0
         self.on_activity: Callable[[], None] | None = None
         """Called for each event that is a sign of life (PROTOCOL 8)."""

@@ -130,6 +130,20 @@ async def test_the_oldest_go_first(tmp_path, max_count, max_bytes):
         assert found[0][0] == rows[0][0]  # a resume from a trimmed position starts with the oldest kept
 
 
+async def test_what_an_earlier_server_left_is_counted(tmp_path):
+    """However often servers start anew, no more is kept than the slack allows."""
+    async with opened(tmp_path, max_count=500) as (database, journal):
+        await Records(database).insert(record())
+        events = journal.open("s", last_id=0, types=None)
+        for n in range(700):
+            events.emit(StdioEvent(stdout=f"{n}\n"))
+    async with opened(tmp_path, max_count=500) as (database, journal):
+        events = journal.open("s", last_id=700, types=None)
+        events.emit(StdioEvent(stdout="one more\n"))
+        await journal.close()
+        assert [row[0] for row in await database.fetch("SELECT id FROM events ORDER BY id")] == list(range(202, 702))
+
+
 async def test_a_closed_stream_tells_its_readers(tmp_path):
     async with opened(tmp_path) as (database, journal):
         await Records(database).insert(record())
