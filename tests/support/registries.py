@@ -18,7 +18,7 @@ from ssl import SSLContext
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from support.upstreams import Seen, SocketUpstream
+from support.upstreams import Seen, SocketUpstream, read_body
 
 
 class Answer(NamedTuple):
@@ -46,19 +46,9 @@ class AnsweringUpstream(SocketUpstream):
                 if not self.raw_requestline or not self.parse_request():
                     self.close_connection = True
                     return
-                request = Seen(self.command, self.path, list(self.headers.items()), self._body())
+                request = Seen(self.command, self.path, list(self.headers.items()), read_body(self))
                 seen.append(request)
                 self._send(answer(request))
-
-            def _body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                pieces = []
-                while size := int(self.rfile.readline().partition(b";")[0], 16):
-                    pieces.append(self.rfile.read(size))
-                    self.rfile.readline()
-                self.rfile.readline()
-                return b"".join(pieces)
 
             def _send(self, answer: Answer) -> None:
                 self.send_response(answer.status)

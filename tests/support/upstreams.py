@@ -186,24 +186,13 @@ class _Requests(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        pieces = []
-        while size := int(self.rfile.readline().partition(b";")[0], 16):
-            pieces.append(self.rfile.read(size))
-            self.rfile.readline()
-        while self.rfile.readline().strip():
-            pass
-        return b"".join(pieces)
-
     def _answer(self) -> None:
         url = urlsplit(self.path)
         name, _, argument = url.path.strip("/").partition("/")
         if name == "discard":
             self._json({"bytes": self._discard()})
             return
-        body = self._body()
+        body = read_body(self)
         self.seen.append(Seen(self.command, self.path, list(self.headers.items()), body))
         answer = getattr(self, f"_answer_{name}", None)
         if answer is not None:
@@ -300,6 +289,19 @@ class _Requests(BaseHTTPRequestHandler):
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def read_body(request: BaseHTTPRequestHandler) -> bytes:
+    """The body of a request, counted or in chunks; trailers are read and forgotten."""
+    if request.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    pieces = []
+    while size := int(request.rfile.readline().partition(b";")[0], 16):
+        pieces.append(request.rfile.read(size))
+        request.rfile.readline()
+    while request.rfile.readline().strip():
+        pass
+    return b"".join(pieces)
 
 
 def _pieces(size: int) -> Iterator[bytes]:
