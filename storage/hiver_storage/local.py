@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
 
 from hiverd.contracts.errors import InvalidError
-from hiverd.contracts.filesystem import FileSystem, Info
+from hiverd.contracts.filesystem import FileSystem, Info, VersionConflictError
 
 T = TypeVar("T")
 
@@ -78,8 +78,8 @@ class LocalFileSystem(FileSystem):
         finally:
             os.close(fd)
 
-    async def write(self, path: str, content: AsyncIterator[bytes], *, expected_version: str | None) -> Info:
-        """Makes missing parents. FileExistsError when `expected_version` is not what is there."""
+    async def write(self, path: str, content: AsyncIterator[bytes], *, size: int, expected_version: str | None) -> Info:
+        """Makes missing parents; `expected_version` is compared just before the new file takes the name."""
         name = _parts(path)[-1:] or _not_a_file()
         parent_fd = await asyncio.to_thread(self._make_directory, _parts(path)[:-1])
         temporary = f".hiver-write-{secrets.token_hex(12)}"
@@ -102,6 +102,28 @@ class LocalFileSystem(FileSystem):
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=parent_fd)
             os.close(parent_fd)
+
+    async def make_directory(self, path: str) -> None:
+        await asyncio.to_thread(lambda: os.close(self._make_directory(_parts(path))))
+
+    async def symlink(self, path: str, target: str) -> None:
+        """Takes the name at once, also from a link or a file that has it."""
+
+        def work() -> None:
+            name = (_parts(path) or _not_a_file())[-1]
+            parent_fd = self._make_directory(_parts(path)[:-1])
+            temporary = f".hiver-write-{secrets.token_hex(12)}"
+            try:
+                os.symlink(target, temporary, dir_fd=parent_fd)
+                try:
+                    os.rename(temporary, name, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
+                except BaseException:
+                    os.unlink(temporary, dir_fd=parent_fd)
+                    raise
+            finally:
+                os.close(parent_fd)
+
+        await asyncio.to_thread(work)
 
     async def delete(self, path: str) -> None:
         """Removes a file, a link itself or an empty directory; OSError ENOTEMPTY otherwise."""
@@ -211,8 +233,8 @@ def _require_version(parent_fd: int, name: str, expected: str | None) -> None:
         current = _version(os.stat(name, dir_fd=parent_fd, follow_symlinks=False))
     except FileNotFoundError:
         current = None
-    if current != expected:
-        raise FileExistsError(errno.EEXIST, "changed meanwhile", name)
+    if current != (expected or None):
+        raise VersionConflictError(errno.EEXIST, "changed meanwhile", name)
 
 
 def _version(info: os.stat_result) -> str:

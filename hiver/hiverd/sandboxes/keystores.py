@@ -12,7 +12,7 @@ import struct
 from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, pkcs12
+from cryptography.hazmat.primitives.serialization import Encoding
 
 ALIAS: Final = "hiver-sandbox-ca"
 _JKS_MAGIC: Final = 0xFEEDFEED
@@ -22,10 +22,16 @@ _JKS_SALT: Final = "changeit".encode("utf-16-be") + b"Mighty Aphrodite"
 _DIGEST_BYTES: Final = 20
 _TRUSTED_CERTIFICATE: Final = 2
 
-_SEQUENCE, _OCTETS, _EXPLICIT_0 = 0x30, 0x04, 0xA0
+_SEQUENCE, _SET, _OCTETS, _BMP_STRING, _EXPLICIT_0 = 0x30, 0x31, 0x04, 0x1E, 0xA0
 _VERSION_3: Final = b"\x02\x01\x03"
 _DATA: Final = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01"
 """The object identifier pkcs7-data."""
+# certBag, x509Certificate and friendlyName of RFC 7292, 4.2; trustedKeyUsage of Java, with anyUsage of RFC 5280.
+_CERT_BAG: Final = bytes.fromhex("060b2a864886f70d010c0a0103")
+_X509_CERTIFICATE: Final = bytes.fromhex("060a2a864886f70d01091601")
+_FRIENDLY_NAME: Final = bytes.fromhex("06092a864886f70d010914")
+_TRUSTED_KEY_USAGE: Final = bytes.fromhex("060c6086480186f966adca7b0101")
+_ANY_USAGE: Final = bytes.fromhex("0604551d2500")
 
 
 def with_certificate(store: bytes, certificate: x509.Certificate) -> bytes | None:
@@ -70,13 +76,23 @@ def _jks_text(text: str) -> bytes:
 
 def _pkcs12(store: bytes, certificate: x509.Certificate) -> bytes:
     """Raises `ValueError` unless it has no password: then there is neither a MAC nor encryption around the list."""
-    ours = pkcs12.serialize_java_truststore(
-        [pkcs12.PKCS12Certificate(certificate, ALIAS.encode("ascii"))], NoEncryption()
-    )
     safes, rest = _authenticated_safes(store)
     if rest:
         raise ValueError("it has a password")
-    return _store_of(safes + _authenticated_safes(ours)[0])
+    return _store_of(safes + _certificate_safe(certificate))
+
+
+def _certificate_safe(certificate: x509.Certificate) -> bytes:
+    """A content info of one trusted certificate, as keytool writes it. By hand: `serialize_java_truststore` came with
+    cryptography 45, and PyDrive2, which the Drive plug-in needs, holds that below 44.
+    """
+    value = _tagged(_EXPLICIT_0, _tagged(_OCTETS, certificate.public_bytes(Encoding.DER)))
+    bag = _tagged(_SEQUENCE, _X509_CERTIFICATE + value)
+    name = _tagged(_SEQUENCE, _FRIENDLY_NAME + _tagged(_SET, _tagged(_BMP_STRING, ALIAS.encode("utf-16-be"))))
+    trusted = _tagged(_SEQUENCE, _TRUSTED_KEY_USAGE + _tagged(_SET, _ANY_USAGE))
+    safe = _tagged(_SEQUENCE, _CERT_BAG + _tagged(_EXPLICIT_0, bag) + _tagged(_SET, trusted + name))
+    octets = _tagged(_OCTETS, _tagged(_SEQUENCE, safe))
+    return _tagged(_SEQUENCE, _DATA + _tagged(_EXPLICIT_0, octets))
 
 
 def _authenticated_safes(store: bytes) -> tuple[bytes, bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, NoEncryption, pkcs12
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, pkcs12
 
 from hiverd.egress.authority import CA_NAME, Authority
 from hiverd.files.rooted import NotRegularError
@@ -147,10 +147,11 @@ needs_keytool = pytest.mark.skipif(shutil.which("keytool") is None, reason="ther
 
 @pytest.fixture
 def passwordless(certificate: x509.Certificate) -> bytes:
-    """A PKCS #12 store as the JDK ships it, made from one with a password over a list that is not encrypted."""
-    entry = pkcs12.PKCS12Certificate(certificate, b"somebody")
-    store = pkcs12.serialize_java_truststore([entry], NoEncryption())
-    return keystores._store_of(keystores._authenticated_safes(store)[0])
+    """A PKCS #12 store as the JDK ships it, with one entry. That Java reads it is tested below."""
+    safe = keystores._certificate_safe(certificate)
+    return keystores._store_of(
+        safe.replace(keystores.ALIAS.encode("utf-16-be"), "somebody-else-ca".encode("utf-16-be"))
+    )
 
 
 @needs_keytool
@@ -177,8 +178,8 @@ def test_java_reads_a_store_without_password_with_the_certificate(
 
 
 def test_stores_that_cannot_be_read_stay(certificate: x509.Certificate, passwordless: bytes) -> None:
-    entry = pkcs12.PKCS12Certificate(certificate, b"somebody")
-    secret = pkcs12.serialize_java_truststore([entry], BestAvailableEncryption(b"secret"))
+    encrypted = BestAvailableEncryption(b"secret")
+    secret = pkcs12.serialize_key_and_certificates(b"somebody", None, None, [certificate], encrypted)
     foreign = jks()[:-20] + bytes(20)
     cut = [passwordless[:size] for size in range(64)]
     for store in (b"", b"text", secret, foreign, jks()[:-1], *cut):

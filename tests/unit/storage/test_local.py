@@ -8,6 +8,7 @@ import pytest
 
 from hiver_storage.local import LocalFileSystem
 from hiverd.contracts.errors import InvalidError
+from hiverd.contracts.filesystem import VersionConflictError
 
 
 async def pieces(*data: bytes) -> AsyncIterator[bytes]:
@@ -33,7 +34,7 @@ def files(folder: Path) -> LocalFileSystem:
 
 
 async def test_write_read_list_move_delete(files: LocalFileSystem, folder: Path) -> None:
-    written = await files.write("/a/b/file", pieces(b"hello ", b"world"), expected_version=None)
+    written = await files.write("/a/b/file", pieces(b"hello ", b"world"), size=11, expected_version=None)
     assert (written.path, written.size, written.is_dir) == ("/a/b/file", 11, False)
     assert await content(files, "/a/b/file") == b"hello world"
     assert await content(files, "/a/b/file", 6, 3) == b"wor"
@@ -51,12 +52,12 @@ async def test_write_read_list_move_delete(files: LocalFileSystem, folder: Path)
 
 
 async def test_versions(files: LocalFileSystem) -> None:
-    first = await files.write("/f", pieces(b"1"), expected_version=None)
-    second = await files.write("/f", pieces(b"22"), expected_version=first.version)
+    first = await files.write("/f", pieces(b"1"), size=1, expected_version=None)
+    second = await files.write("/f", pieces(b"22"), size=2, expected_version=first.version)
     assert first.version != second.version
     for path, version in (("/f", first.version), ("/new", first.version)):
-        with pytest.raises(FileExistsError):
-            await files.write(path, pieces(b"333"), expected_version=version)
+        with pytest.raises(VersionConflictError):
+            await files.write(path, pieces(b"333"), size=3, expected_version=version)
     assert await content(files, "/f") == b"22"
 
 
@@ -66,7 +67,7 @@ async def test_a_write_that_breaks_off_leaves_nothing(files: LocalFileSystem, fo
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        await files.write("/f", broken(), expected_version=None)
+        await files.write("/f", broken(), size=9, expected_version=None)
     assert os.listdir(folder) == []
 
 
@@ -80,12 +81,12 @@ async def test_links_are_never_followed(files: LocalFileSystem, folder: Path, ta
     with pytest.raises(OSError, match="not a regular file"):
         await content(files, "/secret")
     with pytest.raises(NotADirectoryError):
-        await files.write("/link/new", pieces(b"x"), expected_version=None)
+        await files.write("/link/new", pieces(b"x"), size=1, expected_version=None)
     with pytest.raises(NotADirectoryError):
         await files.move("/secret", "/link/moved")
     with pytest.raises(NotADirectoryError):
         await files.delete("/link/secret")
-    await files.write("/secret", pieces(b"mine"), expected_version=None)
+    await files.write("/secret", pieces(b"mine"), size=4, expected_version=None)
     assert (outside / "secret").read_text() == "secret"
     assert os.listdir(outside) == ["secret"]
     assert (await files.stat("/link")).link_target == target.format(outside=outside)
