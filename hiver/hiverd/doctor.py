@@ -14,6 +14,7 @@ from hiverd import plugins
 from hiverd.contracts.errors import HiverError
 from hiverd.contracts.isolation import BackendContext, Finding, Isolation
 from hiverd.egress import gate
+from hiverd.sandboxes import file_events
 from hiverd.settings import Settings
 
 _GROUP: plugins.Group = "hiver.isolation"
@@ -36,6 +37,7 @@ def examine(settings: Settings) -> Report:
         f"{name}{' (not chosen)' if name not in candidates else ''}\n{table(found)}" for name, found in findings.items()
     ]
     parts.append(f"egress\n{table([egress])}")
+    parts.append(f"files\n{table([_probe_files(settings)])}")
     if not candidates:
         parts.append(
             f"No isolation plug-in named {chosen} is installed." if findings else "No isolation plug-in is installed."
@@ -66,6 +68,10 @@ def _probe_gate() -> Finding:
         remedy = "start as root, on a kernel with nftables (nft_chain_nat, nft_socket, nft_log, nft_reject)"
         return Finding(name="packet filter", ok=False, detail=error.message, remedy=remedy)
     return Finding(name="packet filter", ok=True, detail="refuses and records what the proxy does not take")
+
+
+def _probe_files(settings: Settings) -> Finding:
+    return file_events.probe(_scratch(settings.server.data_dir) or Path(tempfile.gettempdir()))
 
 
 async def _examine_one(plugin: Isolation) -> list[Finding]:

@@ -28,6 +28,7 @@ from hiverd.sandboxes.apply import ConfigApplier
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.execs import ExecLimits, Execs
+from hiverd.sandboxes.file_events import FileEvents
 from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounts import MountPlanner
@@ -82,6 +83,9 @@ class Services:
         )
         await self.volumes.start()
         stack.push_async_callback(self._close_volumes)
+        self.file_events = FileEvents(data_dir / "volumes")
+        await self.file_events.start()
+        stack.push_async_callback(self.file_events.close)
         self._compose()
         stack.push_async_callback(self.scripts.close)
         stack.push_async_callback(self.egress.close)
@@ -123,7 +127,9 @@ class Services:
         dialer = Dialer(own_api(settings.server.host, settings.server.port), contexts)
         self.scripts = ScriptPool()
         self.egress = EgressGates(settings.server.data_dir / "egress", dialer, self.scripts, settings.egress.default)
-        self.applier = ConfigApplier(self.records, self.planner, self.egress, settings.egress.default, defaults)
+        self.applier = ConfigApplier(
+            self.records, self.planner, self.egress, self.file_events, settings.egress.default, defaults
+        )
         self.execs = Execs(
             self.journal, self.clock, ExecLimits(max_output_bytes=settings.exec.max_output_bytes, stdio=stdio)
         )
@@ -138,6 +144,7 @@ class Services:
                 settings.images,
             ),
             egress=self.egress,
+            file_events=self.file_events,
             entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
             clock=self.clock,
             tasks=self.tasks,

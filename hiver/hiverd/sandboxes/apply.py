@@ -12,6 +12,7 @@ from msgspec import Struct
 from hiverd.contracts.errors import ConflictError, HiverError, NotFoundError
 from hiverd.contracts.isolation import Mount, WorkloadSpec
 from hiverd.sandboxes.egress import EgressGates
+from hiverd.sandboxes.file_events import FileEvents
 from hiverd.sandboxes.mounts import MountPlanner, PlannedMount, changed_mounts
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
 from hiverd.state.records import Records
@@ -38,12 +39,14 @@ class ConfigApplier:
         records: Records,
         mounts: MountPlanner,
         egress: EgressGates,
+        file_events: FileEvents,
         default_egress: Literal["allow", "deny"],
         defaults: Defaults = BUILT_IN,
     ) -> None:
         self._records = records
         self._mounts = mounts
         self._egress = egress
+        self._file_events = file_events
         self._default_egress = default_egress
         self._defaults = defaults
 
@@ -76,6 +79,7 @@ class ConfigApplier:
                 sandbox.events.emit(ConfigApplyEvent(success=False, changes=_shown(changes), errorMessage=message))
                 return Applied(current, changes, message)
             sandbox.events.set_filter(event_filter(effective))
+            await self._file_events.follow(sandbox)
             sandbox.events.emit(ConfigApplyEvent(success=True, changes=_shown(changes)))
             shown = redact_config(config_to_wire(effective, family="new"))
             sandbox.events.emit(SystemConfigChangedEvent(config=shown))

@@ -28,6 +28,7 @@ from hiverd.contracts.isolation import Isolation, Workload
 from hiverd.files.volumes import Volumes
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
+from hiverd.sandboxes.file_events import FileEvents
 from hiverd.sandboxes.lifecycle import LifecycleStream
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
 from hiverd.sandboxes.specs import SpecBuilder
@@ -64,6 +65,7 @@ class Manager:
         specs: SpecBuilder,
         entrypoints: Entrypoints,
         egress: EgressGates,
+        file_events: FileEvents,
         clock: Clock,
         tasks: TaskGroup,
         reconcile: Callable[[Sandbox], Awaitable[None]],
@@ -76,6 +78,7 @@ class Manager:
         self._specs = specs
         self._entrypoints = entrypoints
         self._egress = egress
+        self._file_events = file_events
         self._clock = clock
         self._tasks = tasks
         self._reconcile = reconcile
@@ -192,6 +195,7 @@ class Manager:
         workload = await self._isolation.create(sandbox.spec)
         sandbox.set_workload(workload)
         await self._egress.open(sandbox, fresh=True)
+        await self._file_events.follow(sandbox)
         await workload.begin()
         await self._records.set_running(sandbox.id, sandbox.spec, workload.state)
         await self._entrypoints.settle(sandbox)
@@ -280,6 +284,7 @@ class Manager:
         await self._egress.release(sandbox.id)
         await self._isolation.destroy(sandbox.id, state)
         sandbox.set_workload(None)
+        await self._file_events.release(sandbox.id)
         await self._volumes.release(sandbox.id)
         await sandbox.events.flushed()
         sandbox.events.close()
@@ -340,12 +345,19 @@ class Manager:
             await self._reconcile(sandbox)
         except Exception:
             log.exception("sandbox %s: its mounts differ from its configuration", sandbox.key)
+        await self._follow_files(sandbox)
         await self._open_gate(sandbox)
         sandbox.status = "running"
         self._entrypoints.resume(sandbox, record.log_position)
         self._watch(sandbox, workload)
         sandbox.created.set_result(None)
         return True
+
+    async def _follow_files(self, sandbox: Sandbox) -> None:
+        try:
+            await self._file_events.follow(sandbox)
+        except Exception:
+            log.exception("sandbox %s: accesses of its native mounts are not on record", sandbox.key)
 
     async def _open_gate(self, sandbox: Sandbox) -> None:
         """For a sandbox that runs already: until it is open, nothing leaves."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -228,6 +228,8 @@ class SandboxEvents(EventSink):
         self.stored_bytes = 0
         self.on_activity: Callable[[], None] | None = None
         """Called for each event that is a sign of life (PROTOCOL 8)."""
+        self.before_flush: Callable[[], Awaitable[None]] | None = None
+        """Makes sure that what has happened has been emitted, where that comes later."""
 
     @property
     def last_id(self) -> int:
@@ -307,7 +309,9 @@ class SandboxEvents(EventSink):
         return self._committed_id > position
 
     async def flushed(self) -> None:
-        """Waits until everything emitted before this call can be read."""
+        """Waits until everything that happened before this call can be read."""
+        if self.before_flush is not None:
+            await self.before_flush()
         await self._journal.flushed()
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from hiverd.sandboxes.apply import ConfigApplier
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.execs import ExecLimits, Execs
+from hiverd.sandboxes.file_events import FileEvents
 from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounts import MountPlanner
@@ -88,7 +89,8 @@ class Core:
         self.egress_folder = volumes.root.parent / "egress"
         dialer = Dialer(OwnApi("127.0.0.1", 10000), {})
         self.egress = EgressGates(self.egress_folder, dialer, ScriptPool(), "allow")
-        self.applier = ConfigApplier(self.records, self.planner, self.egress, "allow")
+        file_events = FileEvents(volumes.root)
+        self.applier = ConfigApplier(self.records, self.planner, self.egress, file_events, "allow")
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(
             isolation=isolation,
@@ -96,6 +98,7 @@ class Core:
             records=self.records,
             journal=self.journal,
             specs=SpecBuilder(SPEC_DEFAULTS, self.planner),
+            file_events=file_events,
             egress=self.egress,
             entrypoints=Entrypoints(self.journal, self.clock, limits, self.tasks),
             clock=self.clock,
