@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from bench import egress, measures
+from bench import egress, measures, trees
 from bench.bare import BareRuntime
 from bench.report import Row, table, write_json
 from support.leaks import marks_of, wait_until_clean
@@ -67,6 +67,7 @@ def main() -> int:
             "parallel": lambda: measures.creates_at_once(server, runtime),
             "proxy": lambda: measures.proxied_requests(server),
             "files": lambda: measures.transfers(server, folder),
+            "trees": lambda: trees.measure(server, runtime),
             "stream": lambda: measures.streamed_output(server),
         }
         known = without_server | with_server

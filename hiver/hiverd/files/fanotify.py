@@ -43,6 +43,7 @@ _EVENT: Final = struct.Struct("=IBBHQiiBBH8sIi")
 """Metadata, then the first record's head: type, padding, length, fsid, size and type of its handle."""
 _HANDLE_AT: Final = _METADATA.size + 12
 _HANDLE_HEAD_BYTES: Final = 8
+_SIZE: Final = struct.Struct("=I")
 _LENGTH_AND_FSID: Final = struct.Struct("=I24x8s")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -135,12 +136,13 @@ def positions(buffer: bytes) -> Iterator[tuple[int, bytes]]:
 
 def event_at(buffer: bytes, position: int) -> FileEvent:
     """The event at one of `positions`."""
-    length, version, _, metadata_bytes, mask, _, pid = _METADATA.unpack_from(buffer, position)
-    if version != _METADATA_VERSION or metadata_bytes != _METADATA.size:
-        raise ValueError(f"events of version {version}")
-    if length < _EVENT.size:
+    if len(buffer) - position < _EVENT.size or _SIZE.unpack_from(buffer, position)[0] < _EVENT.size:
+        _, version, _, metadata_bytes, mask, _, pid = _METADATA.unpack_from(buffer, position)
+        _require_version(version, metadata_bytes)
         return FileEvent(b"", mask, pid, b"", b"", b"")
-    _, _, _, _, _, _, _, kind, _, record_bytes, fsid, handle_bytes, _ = _EVENT.unpack_from(buffer, position)
+    head = _EVENT.unpack_from(buffer, position)
+    length, version, _, metadata_bytes, mask, _, pid, kind, _, record_bytes, fsid, handle_bytes, _ = head
+    _require_version(version, metadata_bytes)
     start = position + _HANDLE_AT
     handle_end = start + _HANDLE_HEAD_BYTES + handle_bytes
     record_end = position + _METADATA.size + record_bytes
@@ -151,6 +153,11 @@ def event_at(buffer: bytes, position: int) -> FileEvent:
     end = position + length
     itself = _second_handle(buffer, record_end) if record_end + _INFO.size <= end else b""
     return FileEvent(fsid, mask, pid, buffer[start:handle_end], name, itself)
+
+
+def _require_version(version: int, metadata_bytes: int) -> None:
+    if version != _METADATA_VERSION or metadata_bytes != _METADATA.size:
+        raise ValueError(f"events of version {version}")
 
 
 def _second_handle(buffer: bytes, position: int) -> bytes:

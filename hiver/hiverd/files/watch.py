@@ -17,9 +17,10 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -45,7 +46,22 @@ _BATCH_BYTES: Final = 4 << 20
 
 _WRITES: Final = fanotify.MODIFY | fanotify.MOVED_TO
 _DELETES: Final = fanotify.DELETE | fanotify.MOVED_FROM
+_MAYBE_EMPTY: Final = fanotify.CREATE | fanotify.ON_DIRECTORY | _WRITES
 _MOVES: Final = fanotify.MOVED_FROM | fanotify.MOVED_TO
+
+
+@lru_cache
+def operations(mask: int) -> tuple[FileOperation, ...]:
+    """In the order in which a file can meet them, since a merged event does not tell."""
+    made_directory = mask & fanotify.CREATE and mask & fanotify.ON_DIRECTORY
+    found: list[FileOperation] = []
+    if mask & _WRITES or made_directory:
+        found.append("write")
+    if mask & fanotify.ACCESS:
+        found.append("read")
+    if mask & _DELETES:
+        found.append("delete")
+    return tuple(found)
 
 
 class Watch:
@@ -80,25 +96,16 @@ class Watch:
         if place is not None:
             if not place.known:
                 self.unplaced += 1
-            name = b"" if event.name == b"." else event.name
             for operation in self._operations(event):
-                self.pending.add(operation, place.mount, place.target, place.path, name)
+                self.pending.add(operation, place, event.name)
         if on_directory and event.mask & _MOVES:
             self.places.forget()
 
-    def _operations(self, event: FileEvent) -> Iterator[FileOperation]:
-        """In the order in which a file can meet them, since a merged event does not tell."""
-        mask = event.mask
-        if mask & _WRITES or (mask & fanotify.CREATE and self._made_something(event)):
-            yield "write"
-        if mask & fanotify.ACCESS:
-            yield "read"
-        if mask & _DELETES:
-            yield "delete"
-
-    def _made_something(self, event: FileEvent) -> bool:
+    def _operations(self, event: FileEvent) -> tuple[FileOperation, ...]:
         """An empty regular file is not worth an event (PROTOCOL 6.3)."""
-        return bool(event.mask & fanotify.ON_DIRECTORY) or self.places.is_link(event.itself)
+        if event.mask & _MAYBE_EMPTY == fanotify.CREATE and self.places.is_link(event.itself):
+            return operations(event.mask | fanotify.MODIFY)
+        return operations(event.mask)
 
 
 class Watcher:

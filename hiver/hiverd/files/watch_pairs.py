@@ -19,6 +19,25 @@ PAIR_BYTES: Final = 250
 ALL_OPERATIONS: Final[tuple[FileOperation, ...]] = ("read", "write", "delete")
 
 
+class Place(NamedTuple):
+    """A directory of a mount."""
+
+    mount: str
+    """As configured."""
+    target: bytes
+    """The mount's path, as events show it."""
+    path: bytes
+    """Of the directory, as the agent sees it."""
+    prefix: bytes
+    """What stands before the names in it."""
+    known: bool = True
+    """False: the directory was gone before anybody looked, and `path` is the mount's."""
+
+    @classmethod
+    def at(cls, mount: str, target: bytes, path: bytes, *, known: bool = True) -> Place:
+        return cls(mount, target, path, path.rstrip(b"/") + b"/", known)
+
+
 class Access(NamedTuple):
     """One pair of events to be: `path` as the agent sees it."""
 
@@ -44,17 +63,15 @@ class Pending:
         self._held_bytes = 0
         self._coarse = 0
 
-    def add(self, operation: FileOperation, mount: str, target: bytes, directory: bytes, name: bytes) -> None:
-        """An access of `name` in `directory`, or of the directory itself if `name` is empty. `target`: the mount's."""
-        path = _joined(directory, name) if name else directory
+    def add(self, operation: FileOperation, place: Place, name: bytes) -> None:
+        """An access of `name` in a directory; of the directory itself if `name` is `.` or unknown."""
+        path = place.path if name in {b".", b""} else place.prefix + name
         with self._budget.lock:
-            if self._held_bytes >= COARSE_BYTES or self._budget.used_bytes >= TOTAL_BYTES:
-                path = _joined(target, b"**")
+            if self._held_bytes >= FINE_BYTES or self._budget.used_bytes >= TOTAL_BYTES:
+                coarse = self._held_bytes >= COARSE_BYTES or self._budget.used_bytes >= TOTAL_BYTES
+                path = _joined(place.target, b"**") if coarse else place.prefix + b"*"
                 self._coarse += 1
-            elif self._held_bytes >= FINE_BYTES:
-                path = _joined(directory, b"*")
-                self._coarse += 1
-            self._put(Access(operation, mount, path))
+            self._put(Access(operation, place.mount, path))
 
     def add_unknown(self, mounts: dict[bytes, str], count: int) -> None:
         """`count` accesses that nobody looked at: anything may have happened anywhere. `mounts`: name by target."""

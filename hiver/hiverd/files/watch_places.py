@@ -6,9 +6,10 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final
 
 from hiverd.files import fanotify
+from hiverd.files.watch_pairs import Place
 
 CACHED_PLACES: Final = 4096
 _CACHED_PATH_BYTES: Final = 512
@@ -17,17 +18,6 @@ _GONE_DEPTH: Final = 256
 
 Gone = Mapping[bytes, tuple[bytes, bytes]]
 """By the handle of a removed directory: the handle of the one that held it, and its name there."""
-
-
-class Place(NamedTuple):
-    mount: str
-    """As configured."""
-    target: bytes
-    """The mount's path, as events show it."""
-    path: bytes
-    """Of the directory, as the agent sees it."""
-    known: bool = True
-    """False: the directory was gone before anybody looked, and `path` is the mount's."""
 
 
 Folders = Mapping[bytes, tuple[str, bytes]]
@@ -84,7 +74,7 @@ class Places:
         if found is None:
             return None
         mount, target = found
-        return Place(mount, target, target.rstrip(b"/") + b"/" + below if below else target)
+        return Place.at(mount, target, target.rstrip(b"/") + b"/" + below if below else target)
 
     def _removed_place(self, handle: bytes, gone: Gone) -> Place | None:
         names: list[bytes] = []
@@ -107,7 +97,7 @@ class Places:
         if not self._folders:
             return None
         mount, target = next(iter(self._folders.values()))
-        return Place(mount, target, target, known=False)
+        return Place.at(mount, target, target, known=False)
 
     def learn(self, handle: bytes, directory: bytes, name: bytes) -> None:
         """A directory was made, which may be gone when something is heard of it next."""
@@ -146,4 +136,4 @@ class Places:
 
 def _below(place: Place, names: list[bytes]) -> Place:
     """`names`: the innermost first."""
-    return place._replace(path=b"/".join([place.path.rstrip(b"/"), *reversed(names)]))
+    return Place.at(place.mount, place.target, place.prefix + b"/".join(reversed(names)))

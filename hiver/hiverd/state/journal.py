@@ -16,8 +16,17 @@ from typing import Final
 import msgspec
 
 from hiverd.clock import Clock, rfc3339
+from hiverd.state.accesses import AccessEncoder
 from hiverd.state.database import Database
-from hiverd.wire.events import SILENT_TYPES, Event, EventSink, type_of
+from hiverd.wire.events import (
+    SILENT_TYPES,
+    Event,
+    EventSink,
+    FileOperation,
+    FsRequestEvent,
+    FsResponseEvent,
+    type_of,
+)
 from hiverd.wire.sse import to_ascii
 
 log = logging.getLogger(__name__)
@@ -83,14 +92,21 @@ class Journal:
             await self._room.wait()
 
     def append(self, events: SandboxEvents, event_id: int, event: Event) -> None:
-        body = encode_event(event, event_id, self._clock.wall())
-        self._pending.append((events, event_id, body))
-        self._appended += 1
-        self._pending_bytes += len(body)
+        self.append_encoded(events, [(event_id, encode_event(event, event_id, self._clock.wall()))])
+
+    def append_encoded(self, events: SandboxEvents, rows: Sequence[tuple[int, bytes]]) -> None:
+        """Rows as `encode_event` makes them, with their ids."""
+        self._pending.extend([(events, event_id, body) for event_id, body in rows])
+        self._appended += len(rows)
+        self._pending_bytes += sum([len(body) for _, body in rows])
         if self._pending_bytes > PENDING_HIGH_BYTES:
             self._room.clear()
             self._urgent.set()
         self._wake.set()
+
+    def encoder(self, backend: str) -> AccessEncoder:
+        """For accesses that are recorded now."""
+        return AccessEncoder(self._clock.wall(), backend)
 
     def set_log_position(self, sandbox_id: str, position: str) -> None:
         """Stores how far the entrypoint's output is recorded, in the same transaction as those events."""
@@ -250,6 +266,24 @@ class SandboxEvents(EventSink):
         if not self.closed and (self._types is None or kind in self._types):
             self._journal.append(self, self._last_id, event)
         return self._last_id
+
+    def emit_accesses(self, backend: str, accesses: Sequence[tuple[FileOperation, str, str]]) -> None:
+        """As many pairs of `fs.request`, allowed, and `fs.response`; an access is (operation, mount, path)."""
+        if self.on_activity is not None:
+            self.on_activity()
+        encoder = self._journal.encoder(backend)
+        requests, responses = self.wants(FsRequestEvent), self.wants(FsResponseEvent)
+        rows: list[tuple[int, bytes]] = []
+        last_id = self._last_id
+        for operation, mount, path in accesses:
+            if requests:
+                rows.append((last_id + 1, encoder.request(last_id + 1, operation, mount, path)))
+            if responses:
+                rows.append((last_id + 2, encoder.response(last_id + 2, last_id + 1)))
+            last_id += 2
+        self._last_id = last_id
+        if rows:
+            self._journal.append_encoded(self, rows)
 
     async def room(self) -> None:
         await self._journal.room()

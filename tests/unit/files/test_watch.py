@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hiverd.files import fanotify, watch_pairs
 from hiverd.files.fanotify import FileEvent
-from hiverd.files.watch_pairs import Access, Budget, Pending
-from hiverd.files.watch_places import CACHED_PLACES, Place, Places
+from hiverd.files.watch_pairs import Access, Budget, Pending, Place
+from hiverd.files.watch_places import CACHED_PLACES, Places
 
 FSID = b"12345678"
 
@@ -75,7 +75,7 @@ def test_what_is_no_event_is_refused() -> None:
 
 
 def add(pending: Pending, name: bytes, directory: bytes = b"/w/d") -> None:
-    pending.add("write", "/w", b"/w", directory, name)
+    pending.add("write", Place.at("/w", b"/w", directory), name)
 
 
 def test_equal_accesses_are_one_until_they_are_taken() -> None:
@@ -157,7 +157,7 @@ def test_paths_as_the_agent_sees_them() -> None:
     assert [tree.path(number) for number in (1, 2, 3, 4, 5)] == [b"/w", b"/w/a/b", None, None, b"/a"]
     assert [tree.path(number) for number in (1, 2, 3, 4, 5)] == [b"/w", b"/w/a/b", None, None, b"/a"]
     assert tree.looks == 5
-    assert tree.of(handle(2), dict) == Place("/w", b"/w", b"/w/a/b")
+    assert tree.of(handle(2), dict) == Place("/w", b"/w", b"/w/a/b", b"/w/a/b/")
 
 
 def test_moves_and_changes_are_not_missed() -> None:
