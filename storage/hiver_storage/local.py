@@ -91,10 +91,15 @@ class LocalFileSystem(FileSystem):
                 dir_fd=parent_fd,
             )
             try:
+                written = 0
                 async for data in content:
+                    written += len(data)
                     await asyncio.to_thread(_write_all, fd, data)
             finally:
                 os.close(fd)
+            if written != size:
+                raise OSError(errno.EINVAL, f"{size} bytes were announced and {written} came", path)
+            # Without an await between the two, no other call of this event loop comes in between.
             _require_version(parent_fd, name[0], expected_version)
             os.rename(temporary, name[0], src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
             return _info("/" + "/".join(_parts(path)), parent_fd, name[0])
@@ -245,5 +250,6 @@ def _info(path: str, parent_fd: int, name: str) -> Info:
     info = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
     is_dir = stat.S_ISDIR(info.st_mode)
     link = os.readlink(name, dir_fd=parent_fd) if stat.S_ISLNK(info.st_mode) else None
+    size = info.st_size if stat.S_ISREG(info.st_mode) else 0
     mtime = datetime.fromtimestamp(info.st_mtime, UTC)
-    return Info(path, 0 if is_dir else info.st_size, mtime, is_dir, link, None if is_dir else _version(info))
+    return Info(path, size, mtime, is_dir, link, None if is_dir else _version(info))
