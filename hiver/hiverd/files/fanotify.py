@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from hiverd.files import handles
+
 ACCESS: Final = 0x1
 MODIFY: Final = 0x2
 MOVED_FROM: Final = 0x40
@@ -174,15 +176,6 @@ def parse(buffer: bytes) -> Iterator[FileEvent]:
         yield event_at(buffer, position)
 
 
-def open_by_handle(mount_fd: int, handle: bytes) -> int:
-    """An O_PATH descriptor. `mount_fd`: anything open on that file system, but not with O_PATH.
-
-    Raises `OSError`: ESTALE for what is gone, EPERM without CAP_DAC_READ_SEARCH.
-    """
-    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-    return _check(_libc.open_by_handle_at(mount_fd, handle, flags), "open_by_handle_at")
-
-
 class _StatFs(ctypes.Structure):
     # As on every 64-bit architecture (asm-generic/statfs.h); what follows only has to be large enough.
     _fields_ = (("before", ctypes.c_long * 7), ("f_fsid", ctypes.c_byte * 8), ("rest", ctypes.c_byte * 448))
@@ -221,7 +214,7 @@ def _handle_problem(folder: Path) -> str | None:
     nothing = struct.pack("=Ii8x", 8, 1)
     mount_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.close(open_by_handle(mount_fd, nothing))
+        os.close(handles.open_path(mount_fd, nothing))
     except OSError as error:
         if error.errno == errno.EPERM:
             return f"open_by_handle_at: {error.strerror}"

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 SYS_OPENAT2: Final = 437
@@ -27,6 +28,8 @@ MS_NOATIME: Final = 1024
 MNT_DETACH: Final = 2
 EXT4_MAGIC: Final = 0xEF53
 
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _CAPABILITY_VERSION_3: Final = 0x20080522
@@ -55,6 +58,14 @@ def openat2(directory_fd: int, path: bytes, flags: int, resolve: int, mode: int 
         ctypes.c_size_t(len(how)),
     )
     return _check(result, path)
+
+
+def exchange(directory_fd: int, name: str, path: Path) -> None:
+    """`renameat2(2)` with RENAME_EXCHANGE: an entry of a directory and `path` change places, in one step."""
+    result = _libc.renameat2(
+        directory_fd, os.fsencode(name), _AT_FDCWD, os.fsencode(path), ctypes.c_uint(_RENAME_EXCHANGE)
+    )
+    _check(result, str(path))
 
 
 def mount(source: str, target: str, filesystem: str, flags: int, options: str) -> None:

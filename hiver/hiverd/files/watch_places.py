@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Final
 
-from hiverd.files import fanotify
+from hiverd.files import handles
 from hiverd.files.watch_pairs import Place
 
 CACHED_PLACES: Final = 4096
@@ -54,7 +54,7 @@ class Places:
     def _path_of(self, handle: bytes) -> bytes | None:
         """The host's path; None for what is gone."""
         try:
-            fd = fanotify.open_by_handle(self._mount_fd, handle)
+            fd = handles.open_path(self._mount_fd, handle)
         except OSError:
             return None
         try:
@@ -124,7 +124,7 @@ class Places:
         if not handle:
             return True
         try:
-            fd = fanotify.open_by_handle(self._mount_fd, handle)
+            fd = handles.open_path(self._mount_fd, handle)
         except OSError:
             return True
         try:
