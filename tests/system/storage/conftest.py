@@ -1,0 +1,21 @@
+"""The services that stand for those of the world, one of each per test worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support import object_services
+
+
+@pytest.fixture(scope="session")
+def moto_port() -> Iterator[int]:
+    with object_services.moto() as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def azurite_port() -> Iterator[int]:
+    with object_services.azurite() as port:
+        yield port
