@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from support import object_services
+from support.fake_gcs import FakeGcs
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,9 @@ def moto_port() -> Iterator[int]:
 def azurite_port() -> Iterator[int]:
     with object_services.azurite() as port:
         yield port
+
+
+@pytest.fixture(scope="session")
+def gcs_service() -> Iterator[FakeGcs]:
+    with FakeGcs() as service:
+        yield service
