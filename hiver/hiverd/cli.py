@@ -224,6 +224,15 @@ def script_worker() -> None:
     work()
 
 
+@main.command("mount-server", hidden=True)
+@click.argument("folder")
+def mount_server(folder: str) -> None:  # noqa: ARG001 -- names it in the list of processes
+    """Serve one mount for the server that started this process. Not for people."""
+    from hiverd.fuse.worker import main as work
+
+    work()
+
+
 COMMANDS: Final[dict[str, Callable[..., Any]]] = {
     name: command for name, command in main.commands.items() if not command.hidden
 }

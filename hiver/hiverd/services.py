@@ -21,6 +21,7 @@ from hiverd.egress.script_pool import ScriptPool
 from hiverd.egress.upstream_tls import client_context
 from hiverd.files.access import FileAccess
 from hiverd.files.volumes import Volumes
+from hiverd.fuse.frames import RemoteOptions
 from hiverd.gateway.gateway import Gateway
 from hiverd.netns import ThreadSocketFactory
 from hiverd.plugins import isolation_class
@@ -29,8 +30,10 @@ from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.execs import ExecLimits, Execs
 from hiverd.sandboxes.file_events import FileEvents
+from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
+from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
 from hiverd.sandboxes.stdio import StdioLimits
@@ -90,10 +93,12 @@ class Services:
         stack.push_async_callback(self.scripts.close)
         stack.push_async_callback(self.egress.close)
         stack.push_async_callback(self.tasks.close)
+        stack.push_async_callback(self.governed.close)
         stack.callback(self.files.close)
         stack.push_async_callback(self.sockets.close)
         stack.push_async_callback(self.gateway.close)
         await self.manager.adopt_all()
+        await self.governed.resume(await self.governed.left_behind(self.manager.owned_ids()))
         await self.housekeeping.sweep()
         self.housekeeping.start()
         stack.push_async_callback(self.housekeeping.close)
@@ -113,7 +118,15 @@ class Services:
             lines_per_second=settings.events.stdio_lines_per_second,
             bytes_per_second=settings.events.stdio_bytes_per_second,
         )
-        self.planner = MountPlanner(settings.files.origin_roots)
+        self.planner = MountPlanner(settings.files.origin_roots, watchable=self._watchable)
+        self.governed = GovernedMounts(
+            settings.server.run_dir / instance_of(settings.server.data_dir) / "mounts",
+            settings.server.data_dir / "remote",
+            RemoteOptions(cache_bytes=settings.files.remote_cache_mib << 20, uploads=settings.files.remote_uploads),
+            settings.files.drain_seconds,
+            self.tasks,
+        )
+        self.mounting = Mounting(self.planner, self.governed)
         defaults = SpecDefaults(
             image=settings.sandbox.default_image,
             cpu=settings.sandbox.cpu,
@@ -128,7 +141,14 @@ class Services:
         self.scripts = ScriptPool()
         self.egress = EgressGates(settings.server.data_dir / "egress", dialer, self.scripts, settings.egress.default)
         self.applier = ConfigApplier(
-            self.records, self.planner, self.egress, self.file_events, settings.egress.default, defaults
+            records=self.records,
+            planner=self.planner,
+            mounting=self.mounting,
+            governed=self.governed,
+            egress=self.egress,
+            file_events=self.file_events,
+            default_egress=settings.egress.default,
+            defaults=defaults,
         )
         self.execs = Execs(
             self.journal, self.clock, ExecLimits(max_output_bytes=settings.exec.max_output_bytes, stdio=stdio)
@@ -140,15 +160,17 @@ class Services:
             journal=self.journal,
             specs=SpecBuilder(
                 defaults,
-                self.planner,
+                self.mounting,
                 settings.images,
             ),
             egress=self.egress,
             file_events=self.file_events,
+            governed=self.governed,
             entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
             clock=self.clock,
             tasks=self.tasks,
             reconcile=self.applier.reconcile,
+            revive=self.applier.revive,
             limits=ManagerLimits(
                 max_sandboxes=settings.sandbox.max_sandboxes,
                 stop_grace_seconds=settings.sandbox.stop_grace_seconds,
@@ -165,11 +187,15 @@ class Services:
             isolation=self.isolation,
             volumes=self.volumes,
             egress=self.egress,
+            governed=self.governed,
             records=self.records,
             clock=self.clock,
             tasks=self.tasks,
             usage_seconds=settings.events.resource_usage_seconds,
         )
+
+    def _watchable(self) -> bool:
+        return self.file_events.watching and self.volumes.separate
 
     async def _close_volumes(self) -> None:
         await self.volumes.close(remove_all=not self.manager.all())

@@ -275,7 +275,9 @@ class FakeDrive(FakeService):
     # -- uploads ------------------------------------------------------------------------------------------------------
 
     def _multipart(self, call: Call) -> Answer:
-        message = BytesParser().parsebytes(b"Content-Type: " + call.headers["content-type"].encode() + b"\n\n" + call.body)
+        message = BytesParser().parsebytes(
+            b"Content-Type: " + call.headers["content-type"].encode() + b"\n\n" + call.body
+        )
         metadata, media = message.get_payload()  # type: ignore[misc]
         boundary = b"--" + re.findall('boundary="([^"]*)"', call.headers["content-type"])[0].encode()
         data = call.body.split(boundary)[2].partition(b"\n\n")[2].removesuffix(b"\n")
@@ -304,7 +306,7 @@ class FakeDrive(FakeService):
             if first != len(session["data"]) or last - first + 1 != len(call.body):
                 return _error(400, "badRequest")
             assert last + 1 == int(total) or len(call.body) % (256 << 10) == 0
-            taken = len(call.body) if len(call.body) <= self.max_chunk else self.max_chunk
+            taken = min(len(call.body), self.max_chunk)
             session["data"] += call.body[:taken]
         if len(session["data"]) < int(total):
             headers = {"Range": f"bytes=0-{len(session['data']) - 1}"} if session["data"] else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from litestar import Controller, Response, get, post, put
@@ -18,6 +19,7 @@ from hiverd.contracts.errors import NotFoundError, UnavailableError, Unsupported
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.answers import ApplyResult, SandboxInfo
 from hiverd.wire.config import SandboxConfig, config_to_wire, decode_config, validate_config, with_defaults
+from hiverd.wire.environment import with_environment
 from hiverd.wire.requests import SnapshotRequest, decode_snapshot
 
 
@@ -39,7 +41,7 @@ def provide_sandbox(any_sandbox: TheSandbox) -> Sandbox:
 
 def _desired_config(raw: bytes) -> SandboxConfig:
     desired = with_defaults(decode_config(raw))
-    validate_config(desired)
+    validate_config(with_environment(desired, os.environ))
     return desired
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator
 
 import msgspec
@@ -22,17 +23,17 @@ from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.answers import LifecycleEvent, PodInfo, PodSandbox, SandboxRef
 from hiverd.wire.config import SandboxConfig, decode_config, validate_config, with_defaults
+from hiverd.wire.environment import with_environment
 from hiverd.wire.keys import check_key
 
 
-def requested_config(raw: bytes, image_header: str | None, planner: MountPlanner) -> SandboxConfig:
+def requested_config(raw: bytes, image_header: str | None) -> SandboxConfig:
     """A create's configuration: checked, defaults filled in, the image from the header if the body names none."""
     config = decode_config(raw)
     if config.image is None and image_header:
         config = msgspec.structs.replace(config, image=image_header)
     config = with_defaults(config)
-    validate_config(config)
-    planner.plan(config)
+    validate_config(with_environment(config, os.environ))
     return config
 
 
@@ -46,9 +47,13 @@ async def _create(request: AnyRequest, key: str, manager: Manager, planner: Moun
     image = request.headers.get("x-hiver-image")
     if image is not None and len(image) > 512:
         raise InvalidError("x-hiver-image: must be at most 512 characters", field="x-hiver-image")
-    sandbox, created = await manager.get_or_create(
-        key, lambda: judged(raw, lambda body: requested_config(body, image, planner))
-    )
+
+    async def read_config() -> SandboxConfig:
+        config = await judged(raw, lambda body: requested_config(body, image))
+        await planner.judge(config)
+        return config
+
+    sandbox, created = await manager.get_or_create(key, read_config)
     response: Response[SandboxRef] = Response(
         reference(sandbox),
         status_code=201 if created else 200,

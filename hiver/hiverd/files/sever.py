@@ -11,6 +11,8 @@ Beside the folder lies its trash while that goes on. It is flat, so that trees o
     out-<handle>    its entries: taken out by renaming, so that nobody but us can name them any more
     new-, copy-     directories and files that are being made
     dead-           directories that somebody keeps filling; nothing that is served leads there
+    kept-           the old folder itself: a mount of it may lie below the one to come, and where a mount's own
+                    directory was removed, the kernel takes away what is mounted over it
 
 `handle` is the file handle of the new directory that the entries go to, so a crash loses nothing: an entry is in the
 new tree or in the trash at every moment, and the next call goes on where this one stopped. Each step is one name below
@@ -53,13 +55,12 @@ def trash_of(folder: Path) -> Path:
     return folder.with_name(f"~{folder.name}")
 
 
-def sever(folder: Path, restricted: Restricted, progress: Progress = lambda _: None) -> Path | None:
+def sever(folder: Path, restricted: Restricted, progress: Progress = lambda _: None) -> None:
     """Rebuilds a folder that is no longer mounted, or finishes what an earlier call began. Blocks.
 
     Owners, modes, times and extended attributes stay; files with several names become several files. Must be called
     before the folder is served: what is left in the trash replaces what is in the folder. Raises `OSError`, after which
-    it can be called again. Returns the trash if somebody kept filling a directory in it, which should be removed when
-    the sandbox ends; None if nothing is left.
+    it can be called again. The trash stays, with the old folder in it, for as long as the sandbox.
     """
     trash = trash_of(folder)
     with suppress(FileExistsError):
@@ -68,14 +69,6 @@ def sever(folder: Path, restricted: Restricted, progress: Progress = lambda _: N
         severing = _Severing(folder, trash_fd, restricted, progress)
         severing.begin()
         severing.finish()
-    try:
-        trash.rmdir()
-    except OSError as error:
-        if error.errno != errno.ENOTEMPTY:
-            raise
-        log.warning("%s: a process keeps filling a directory that was removed", folder)
-        return trash
-    return None
 
 
 class _Job(NamedTuple):
@@ -167,7 +160,7 @@ class _Severing:
             os.mkdir(out_name, 0o700, dir_fd=self._trash)
         before = os.fstat(new)
         with _opened(out_name, self._trash) as out:
-            self._take_out(old_name, out)
+            self._take_out(old_name, out, keep=not job.path)
             for name in _names(out):
                 self._place(job, name, out, new)
                 self._moved += 1
@@ -175,20 +168,20 @@ class _Severing:
         os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
         os.rmdir(out_name, dir_fd=self._trash)
 
-    def _take_out(self, old_name: str, out: int) -> None:
-        """Empties a directory in which others may go on making entries, and removes it."""
+    def _take_out(self, old_name: str, out: int, *, keep: bool) -> None:
+        """Empties a directory in which others may go on making entries, and removes it, or keeps it out of the way."""
         try:
             old = os.open(old_name, _DIRECTORY, dir_fd=self._trash)
         except FileNotFoundError:  # done before a crash
             return
         try:
             give_up_at = time.monotonic() + _EMPTYING_SECONDS
-            while not self._is_removed(old_name):
+            while not (self._is_kept(old_name, old) if keep else self._is_removed(old_name)):
                 for name in _names(old):
                     _take(name, old, out)
                     if time.monotonic() > give_up_at:
-                        dead = f"dead-{secrets.token_hex(8)}"
-                        os.rename(old_name, dead, src_dir_fd=self._trash, dst_dir_fd=self._trash)
+                        log.warning("a process keeps filling a directory that was removed")
+                        self._put_aside(old_name, "kept" if keep else "dead")
                         return
         finally:
             os.close(old)
@@ -201,6 +194,15 @@ class _Severing:
                 raise
             return False
         return True
+
+    def _is_kept(self, name: str, directory: int) -> bool:
+        if next(_names(directory), None) is not None:
+            return False
+        self._put_aside(name, "kept")
+        return True
+
+    def _put_aside(self, name: str, kind: str) -> None:
+        os.rename(name, f"{kind}-{secrets.token_hex(8)}", src_dir_fd=self._trash, dst_dir_fd=self._trash)
 
     def _place(self, job: _Job, name: str, out: int, new: int) -> None:
         """Moves one entry into its new directory. Done again after a crash, it does the same."""

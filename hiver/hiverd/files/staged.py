@@ -13,6 +13,8 @@ from typing import Final
 from hiverd.files import linux, rooted
 from hiverd.files.direct import Incoming, Pipe, Progress
 
+STAGED_PREFIX: Final = b".hiver-upload-"
+"""Of names that files have while they arrive. Where rules withhold anything, nobody but the server sees such names."""
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS})
 _COPY_BYTES: Final = 1 << 30
 _NEW_FILE_MODE: Final = 0o644
@@ -152,7 +154,7 @@ def _open_mounted(target: rooted.Target) -> int:
 
 
 def _temporary_name() -> bytes:
-    return b".hiver-upload-" + secrets.token_hex(12).encode()
+    return STAGED_PREFIX + secrets.token_hex(12).encode()
 
 
 def _open_temporary(parent_fd: int) -> tuple[int, bytes | None]:

@@ -76,6 +76,11 @@ class Volumes:
         await self._discard_all(existing - owned)
         self._refilling = asyncio.create_task(self._refill(), name="volumes:refill")
 
+    @property
+    def separate(self) -> bool:
+        """Whether each volume is a file system of its own."""
+        return self._store.kind == "loop"
+
     async def probe(self) -> list[Finding]:
         """What this host offers, for `hiver doctor`: builds a volume and removes it again."""
         return [await self._run(lambda: probe_volumes(self._base))]

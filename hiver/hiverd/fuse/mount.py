@@ -102,6 +102,10 @@ class FuseMount:
             thread.join(timeout_seconds)
         return not self.alive
 
+    def set_record(self, record: Record | None) -> None:
+        """Whom accesses are told from now on."""
+        self._judge.record = record
+
     def set_rules(self, rules: Rules) -> None:
         """From now on these rules hold. Returns when the kernel has forgotten what the old ones let it show.
 

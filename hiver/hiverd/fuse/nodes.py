@@ -13,6 +13,7 @@ from itertools import count
 from typing import Final
 
 from hiverd.files.acl import Access, Rules
+from hiverd.files.staged import STAGED_PREFIX
 from hiverd.fuse import abi
 
 MAX_PATH_BYTES: Final = 4095
@@ -116,7 +117,8 @@ class Tree:
         """The access of a name, whether it exists or not. `parent` is fresh."""
         if parent.free:
             return "rw"
-        if parent.access == "deny":
+        if parent.access == "deny" or name.startswith(STAGED_PREFIX):
+            # What arrives may be denied under its own name, so nobody may look at it before.
             return "deny"
         return self.rules.own_access(f"{parent.path}/{os.fsdecode(name)}")
 

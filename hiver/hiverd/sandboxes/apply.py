@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -13,7 +13,9 @@ from hiverd.contracts.errors import ConflictError, HiverError, NotFoundError
 from hiverd.contracts.isolation import Mount, WorkloadSpec
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.file_events import FileEvents
-from hiverd.sandboxes.mounts import MountPlanner, PlannedMount, changed_mounts
+from hiverd.sandboxes.governed import GovernedMounts
+from hiverd.sandboxes.mounting import Mounting
+from hiverd.sandboxes.mounts import MountPlanner, PlannedMount, changes_between
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
 from hiverd.state.records import Records
 from hiverd.wire.changes import BUILT_IN, Defaults
@@ -23,6 +25,8 @@ from hiverd.wire.events import ConfigApplyEvent, SystemConfigChangedEvent
 Family = Literal["old", "new"]
 
 log = logging.getLogger(__name__)
+
+REVIVE_SECONDS: Final = 5.0
 
 
 class Applied(Struct, frozen=True):
@@ -36,15 +40,20 @@ class Applied(Struct, frozen=True):
 class ConfigApplier:
     def __init__(
         self,
+        *,
         records: Records,
-        mounts: MountPlanner,
+        planner: MountPlanner,
+        mounting: Mounting,
+        governed: GovernedMounts,
         egress: EgressGates,
         file_events: FileEvents,
         default_egress: Literal["allow", "deny"],
         defaults: Defaults = BUILT_IN,
     ) -> None:
         self._records = records
-        self._mounts = mounts
+        self._planner = planner
+        self._mounting = mounting
+        self._governed = governed
         self._egress = egress
         self._file_events = file_events
         self._default_egress = default_egress
@@ -55,11 +64,11 @@ class ConfigApplier:
 
         Goes on when the caller leaves: a half-made change is never left standing.
         """
-        if sandbox.applying:
+        if sandbox.changing.locked():
             raise ConflictError(f'a previous apply to sandbox "{sandbox.key}" is still in progress')
         if sandbox.status != "running" or sandbox.spec is None:
             raise NotFoundError(f'sandbox "{sandbox.key}" is {sandbox.status}')
-        sandbox.applying = True
+        await sandbox.changing.acquire()
         task = asyncio.create_task(self._apply(sandbox, sandbox.spec, desired, family), name=f"apply-{sandbox.key}")
         return await asyncio.shield(task)
 
@@ -70,7 +79,8 @@ class ConfigApplier:
             changes = diff_configs(current, effective, default_egress=self._default_egress)
             if warnings:
                 changes["warnings"] = warnings
-            planned = self._mounts.plan(effective)
+            await self._planner.judge(effective)
+            planned = self._planner.plan(effective)
             try:
                 await self._switch(sandbox, spec, effective, planned)
             except Exception as error:
@@ -80,71 +90,62 @@ class ConfigApplier:
                 return Applied(current, changes, message)
             sandbox.events.set_filter(event_filter(effective))
             await self._file_events.follow(sandbox)
+            await self._governed.set_recording(sandbox)
             sandbox.events.emit(ConfigApplyEvent(success=True, changes=_shown(changes)))
             shown = redact_config(config_to_wire(effective, family="new"))
             sandbox.events.emit(SystemConfigChangedEvent(config=shown))
             return Applied(effective, changes)
         finally:
-            sandbox.applying = False
+            sandbox.changing.release()
 
     async def _switch(
         self, sandbox: Sandbox, spec: WorkloadSpec, effective: SandboxConfig, planned: list[PlannedMount]
     ) -> None:
         """Mounts first, then the record; each step undone if a later one fails."""
-        added, removed = changed_mounts(self._mounts.plan(sandbox.config), planned)
-        new_mounts = [await asyncio.to_thread(self._mounts.prepare, plan, spec.volume) for plan in added]
-        mounts = {mount.target: mount for mount in spec.mounts}
-        undo: list[tuple[str, Mount]] = []
-        if new_mounts:
-            # A server that dies from here on leaves mounts that the next one must know of to take them away.
-            touched = (*spec.mounts, *new_mounts)
+
+        async def record(touched: tuple[Mount, ...]) -> None:
             await self._records.set_spec(sandbox.id, msgspec.structs.replace(spec, mounts=touched))
+
+        changes = changes_between(self._planner.plan(sandbox.config), planned)
         try:
-            for plan in removed:
-                await sandbox.workload.remove_mount(plan.target)
-                undo.append(("add", mounts.pop(plan.target)))
-            for mount in new_mounts:
-                await sandbox.workload.add_mount(mount)
-                undo.append(("remove", mount))
-                mounts[mount.target] = mount
-            new_spec = msgspec.structs.replace(spec, mounts=tuple(mounts.values()))
-            await self._records.set_config(sandbox.id, msgspec.json.encode(effective), new_spec)
+            async with self._mounting.switched(sandbox, spec, changes, record) as mounts:
+                new_spec = msgspec.structs.replace(spec, mounts=mounts)
+                await self._records.set_config(sandbox.id, msgspec.json.encode(effective), new_spec)
+                sandbox.config = effective
+                sandbox.spec = new_spec
         except BaseException:
-            await self._undo(sandbox, undo)
-            await self._records.set_spec(sandbox.id, spec)
+            if sandbox.spec is spec:
+                await self._records.set_spec(sandbox.id, spec)
             raise
-        sandbox.config = effective
-        sandbox.spec = new_spec
         self._egress.change(sandbox)
 
-    async def _undo(self, sandbox: Sandbox, steps: list[tuple[str, Mount]]) -> None:
-        for step, mount in reversed(steps):
-            try:
-                if step == "add":
-                    await sandbox.workload.add_mount(mount)
-                else:
-                    await sandbox.workload.remove_mount(mount.target)
-            except Exception:
-                log.exception("apply to %s: could not %s mount %s again", sandbox.key, step, mount.target)
-
     async def reconcile(self, sandbox: Sandbox) -> None:
-        """After a restart: a server that died in mid-apply may have left mounts that the stored configuration lacks."""
+        """After a restart of the server: mounts as the stored configuration wants them."""
         spec = sandbox.spec
-        if spec is None:
-            return
-        wanted = [
-            await asyncio.to_thread(self._mounts.prepare, plan, spec.volume)
-            for plan in self._mounts.plan(sandbox.config)
-        ]
-        if tuple(wanted) != spec.mounts:
-            for target in {mount.target for mount in spec.mounts if mount not in wanted}:
-                await sandbox.workload.remove_mount(target)
-        present = await sandbox.workload.mounted_targets()
-        for mount in wanted:
-            if mount.target not in present:
-                await sandbox.workload.add_mount(mount)
-        sandbox.spec = msgspec.structs.replace(spec, mounts=tuple(wanted))
-        await self._records.set_spec(sandbox.id, sandbox.spec)
+        if spec is not None:
+            mounts = await self._mounting.restored(sandbox, spec)
+            sandbox.spec = msgspec.structs.replace(spec, mounts=mounts)
+            await self._records.set_spec(sandbox.id, sandbox.spec)
+
+    async def revive(self, sandbox: Sandbox, target: str) -> None:
+        """The process behind a governed mount has died. Waits for an apply that is under way, and stands for one."""
+        while sandbox.status == "running":
+            async with sandbox.changing:
+                if await self._revived(sandbox, target):
+                    return
+            await asyncio.sleep(REVIVE_SECONDS)
+
+    async def _revived(self, sandbox: Sandbox, target: str) -> bool:
+        """True if there is nothing more to do."""
+        if sandbox.status != "running" or sandbox.spec is None:
+            return True
+        log.warning("sandbox %s: the process of mount %s has died; starting another", sandbox.key, target)
+        try:
+            await self._mounting.revive(sandbox, sandbox.spec, target)
+        except Exception:
+            log.exception("sandbox %s: mount %s is not back yet", sandbox.key, target)
+            return False
+        return True
 
 
 def _shown(changes: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class FileEvents:
         self._watcher = Watcher(partial(loop.call_soon_threadsafe, self._wake.set))
         self._task = asyncio.create_task(self._record(), name="file-events")
 
+    @property
+    def watching(self) -> bool:
+        """Whether the kernel tells about accesses at all."""
+        return self._watcher is not None
+
     def watchable(self, source: Path) -> bool:
         """Whether accesses of a native mount of this folder come on record. It need not exist.
 

@@ -14,6 +14,7 @@ from hiverd.contracts.errors import SandboxGoneError
 from hiverd.contracts.isolation import Isolation, Usage
 from hiverd.files.volumes import Volumes
 from hiverd.sandboxes.egress import EgressGates
+from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.sandboxes.tasks import TaskGroup
@@ -41,6 +42,7 @@ class Housekeeping:
         isolation: Isolation,
         volumes: Volumes,
         egress: EgressGates,
+        governed: GovernedMounts,
         records: Records,
         clock: Clock,
         tasks: TaskGroup,
@@ -50,6 +52,7 @@ class Housekeeping:
         self._isolation = isolation
         self._volumes = volumes
         self._egress = egress
+        self._governed = governed
         self._records = records
         self._clock = clock
         self._tasks = tasks
@@ -93,13 +96,17 @@ class Housekeeping:
     async def sweep(self) -> None:
         """Removes what bears our mark and belongs to no record: the remains of crashes. Opens what should be open."""
         found = frozenset().union(
-            await self._isolation.list_owned(), await self._volumes.list_owned(), await self._egress.list_owned()
+            await self._isolation.list_owned(),
+            await self._governed.list_owned(),
+            await self._volumes.list_owned(),
+            await self._egress.list_owned(),
         )
         # Read after the listing: whatever was created meanwhile is known before it exists on the host.
         for sandbox_id in found - self._manager.owned_ids():
             log.warning("sweep: removing what is left of sandbox %s", sandbox_id)
             try:
                 await self._isolation.destroy(sandbox_id, None)
+                await self._governed.release(sandbox_id)
                 await self._volumes.release(sandbox_id)
                 await self._egress.release(sandbox_id)
             except Exception:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
@@ -29,6 +29,7 @@ from hiverd.files.volumes import Volumes
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.file_events import FileEvents
+from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.lifecycle import LifecycleStream
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
 from hiverd.sandboxes.specs import SpecBuilder
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 DESTROY_RETRY_SECONDS: Final = (0.1, 0.5, 2.0, 5.0, 15.0, 60.0)
 ADOPT_RETRY_SECONDS: Final = 5.0
+CUT_SECONDS: Final = 2.0
+"""After SIGKILL: how long a workload's processes may wait for remote files."""
 EVENTS_DRAIN_SECONDS: Final = 1.0
 """How long the end of a sandbox waits for readers of its events."""
 
@@ -66,9 +69,11 @@ class Manager:
         entrypoints: Entrypoints,
         egress: EgressGates,
         file_events: FileEvents,
+        governed: GovernedMounts,
         clock: Clock,
         tasks: TaskGroup,
         reconcile: Callable[[Sandbox], Awaitable[None]],
+        revive: Callable[[Sandbox, str], Coroutine[Any, Any, None]],
         limits: ManagerLimits,
     ) -> None:
         self._isolation = isolation
@@ -82,6 +87,9 @@ class Manager:
         self._clock = clock
         self._tasks = tasks
         self._reconcile = reconcile
+        self._revive = revive
+        self._governed = governed
+        governed.on_lost = self._mount_lost
         self._limits = limits
         self._by_key: dict[str, Sandbox] = {}
         self._by_id: dict[str, Sandbox] = {}
@@ -224,6 +232,11 @@ class Manager:
             self._publish(sandbox, "die")
             await self.shutdown(sandbox)
 
+    def _mount_lost(self, sandbox_id: str, target: str) -> None:
+        sandbox = self._by_id.get(sandbox_id)
+        if sandbox is not None and sandbox.status == "running" and not self._closing:
+            self._tasks.start(self._revive(sandbox, target), name=f"revive-{sandbox.key}")
+
     # -- shutting down ----------------------------------------------------------------------------------------------
 
     async def shutdown(self, sandbox: Sandbox, *, expired: bool = False) -> None:
@@ -275,7 +288,8 @@ class Manager:
         for forget in self.on_forget:
             forget(sandbox.id)
         if sandbox.has_workload:
-            await sandbox.workload.stop(self._limits.stop_grace_seconds)
+            async with self._governed.cut_after(sandbox.id, self._limits.stop_grace_seconds + CUT_SECONDS):
+                await sandbox.workload.stop(self._limits.stop_grace_seconds)
         await self._entrypoints.forget(sandbox)
         state = None
         if sandbox.has_workload:
@@ -283,6 +297,7 @@ class Manager:
             await sandbox.workload.close()
         await self._egress.release(sandbox.id)
         await self._isolation.destroy(sandbox.id, state)
+        await self._governed.release(sandbox.id)
         sandbox.set_workload(None)
         await self._file_events.release(sandbox.id)
         await self._volumes.release(sandbox.id)

@@ -43,7 +43,8 @@ class Sandbox:
         self.terminal: TerminalHub | None = None
         self.viewers: set[str] = set()
         """Ids of exec-streams that are attached to the entrypoint's terminal."""
-        self.applying = False
+        self.changing = asyncio.Lock()
+        """Held while its mounts and its configuration are being changed."""
         self.created: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Resolved when the sandbox runs; fails with the error that creating it met."""
         self.created.add_done_callback(_retrieve)

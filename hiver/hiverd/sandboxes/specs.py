@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
@@ -11,7 +10,7 @@ import msgspec
 
 from hiverd.contracts.isolation import Image, WorkloadSpec
 from hiverd.sandboxes import trust
-from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.changes import Defaults
 from hiverd.wire.config import (
@@ -54,11 +53,11 @@ class ImageDefaults(Protocol):
 
 class SpecBuilder:
     def __init__(
-        self, defaults: SpecDefaults, mounts: MountPlanner, image_defaults: Mapping[str, ImageDefaults] | None = None
+        self, defaults: SpecDefaults, mounting: Mounting, image_defaults: Mapping[str, ImageDefaults] | None = None
     ) -> None:
         """`image_defaults`: by the name that a configuration gives."""
         self._defaults = defaults
-        self._mounts = mounts
+        self._mounting = mounting
         self._image_defaults = image_defaults or {}
 
     def image_name(self, config: SandboxConfig) -> str:
@@ -68,9 +67,6 @@ class SpecBuilder:
     async def build(self, sandbox: Sandbox, image: Image, volume: Path) -> WorkloadSpec:
         image = self._with_alias_defaults(image, self.image_name(sandbox.config))
         config = sandbox.config
-        mounts = [
-            await asyncio.to_thread(self._mounts.prepare, planned, volume) for planned in self._mounts.plan(config)
-        ]
         argv = effective_argv(config, image)
         tty = config.tty if isinstance(config.tty, bool) else image.tty
         return WorkloadSpec(
@@ -88,7 +84,7 @@ class SpecBuilder:
             cwd=config.cwd or image.cwd or "/",
             env=self._environment(image, config),
             extra_hosts=tuple((name, _address(address)) for name, address in effective_extra_hosts(config)),
-            mounts=tuple(mounts),
+            mounts=await self._mounting.make(sandbox, volume),
         )
 
     def _environment(self, image: Image, config: SandboxConfig) -> dict[str, str]:

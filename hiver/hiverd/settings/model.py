@@ -156,7 +156,7 @@ class EventsSettings(Struct, frozen=True, kw_only=True):
 
 
 class FilesSettings(Struct, frozen=True, kw_only=True):
-    """Local file systems."""
+    """File systems, local and remote."""
 
     origin_roots: Annotated[
         tuple[Path, ...],
@@ -175,6 +175,20 @@ class FilesSettings(Struct, frozen=True, kw_only=True):
     host_reserve_mib: Annotated[
         int, Meta(description="Free space that sandboxes leave on the data folder's disk.", ge=0)
     ] = 2048
+
+    remote_cache_mib: Annotated[
+        int,
+        Meta(description="Disk space for copies of what a remote mount shows; each mount has so much.", ge=64),
+    ] = 2048
+    remote_uploads: Annotated[int, Meta(description="Uploads of one remote mount at a time.", ge=1, le=256)] = 16
+    drain_seconds: Annotated[
+        float,
+        Meta(
+            description="How long the end of a sandbox waits for what its remote mounts have to upload. What is left "
+            "goes on in the background, and with the next start of the server.",
+            ge=0,
+        ),
+    ] = 5.0
 
 
 class EgressSettings(Struct, frozen=True, kw_only=True):

@@ -78,10 +78,11 @@ class Journal:
         """The stream of one sandbox. `types` None: every type is observed."""
         return SandboxEvents(self, self._database, sandbox_id, last_id, types)
 
-    async def flushed(self) -> None:
-        """Waits until everything emitted before this call is stored."""
+    async def flushed(self, *, urgent: bool = True) -> None:
+        """Waits until everything emitted before this call is stored; `urgent` makes that sooner."""
         ticket = self._appended
-        self._urgent.set()
+        if urgent:
+            self._urgent.set()
         while self._stored < ticket and not self._closing:
             self._progress.clear()
             await self._progress.wait()
@@ -287,6 +288,10 @@ class SandboxEvents(EventSink):
 
     async def room(self) -> None:
         await self._journal.room()
+
+    async def stored(self) -> None:
+        """Waits until everything emitted before this call is stored, without making that sooner."""
+        await self._journal.flushed(urgent=False)
 
     def set_log_position(self, position: str) -> None:
         if not self.closed:

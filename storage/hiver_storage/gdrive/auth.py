@@ -137,7 +137,7 @@ def _service_account(document: str, token_url: str) -> ServiceAccountCredentials
     try:
         key = json.loads(document)
         if not isinstance(key, dict):
-            raise TypeError  # noqa: TRY301 -- one message for all
+            raise TypeError
         return ServiceAccountCredentials.from_json_keyfile_dict(key, scopes=[_SCOPE], token_uri=token_url)
     except Exception:  # noqa: BLE001 -- what a bad key raises depends on the installed cryptography; it may quote it
         raise InvalidError(

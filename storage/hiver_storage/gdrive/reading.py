@@ -33,7 +33,9 @@ async def read(
     if entry.size - offset > _RANGE_BYTES and (size is None or size > _RANGE_BYTES):
         started = await _version(tree, entry)
     while end is None or offset < end:
-        data, total = await _range(service, entry, offset, _RANGE_BYTES if end is None else min(end - offset, _RANGE_BYTES))
+        data, total = await _range(
+            service, entry, offset, _RANGE_BYTES if end is None else min(end - offset, _RANGE_BYTES)
+        )
         after = offset + len(data)
         is_last = not data or after >= total or after == end
         if started is None and not is_last:

@@ -40,7 +40,6 @@ for _name in ("googleapiclient", "googleapiclient.http", "googleapiclient.discov
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-
 def token_url() -> str:
     return os.environ.get("HIVER_GDRIVE_TOKEN_URL") or str(GOOGLE_TOKEN_URI)
 
@@ -186,5 +185,3 @@ def _retry_after(error: HttpError) -> float | None:
     with suppress(ValueError):
         return max(0.0, float(error.resp.get("retry-after", "")))
     return None
-
-

@@ -40,7 +40,7 @@ class Tree:
     def __init__(self, service: Service, folder_id: str) -> None:
         self._service = service
         self._root_id = folder_id
-        self.root = Entry(folder_id, "", FOLDER, 0, datetime.now(UTC), "", (), False, "root", None, None, None)  # noqa: FBT003
+        self.root = Entry(folder_id, "", FOLDER, 0, datetime.now(UTC), "", (), False, "root", None, None, None)
         self._known: OrderedDict[Path, tuple[Entry, float]] = OrderedDict()
         self._locks = Locks()
         self._ids: list[str] = []
@@ -87,9 +87,7 @@ class Tree:
 
     async def by_id(self, file_id: str) -> Entry | None:
         try:
-            return parse(
-                await self._service.call(lambda api: api.files().get(fileId=file_id, fields=FIELDS, **SHARED))
-            )
+            return parse(await self._service.call(lambda api: api.files().get(fileId=file_id, fields=FIELDS, **SHARED)))
         except FileNotFoundError:
             return None
 

@@ -8,9 +8,7 @@ from typing import ClassVar
 import pytest
 
 from hiver_storage.external import ExternalFileSystem
-from hiverd.contracts.errors import InvalidError
 from hiverd.testing.filesystem import Deviation, FileSystemSuite, Harness
-from hiverd.testing.filesystem_harness import entries, get, put, shown
 from support.fake_external import FakeExternal
 
 

@@ -14,13 +14,16 @@ from hiverd.contracts.isolation import BackendContext
 from hiverd.egress.dialer import Dialer
 from hiverd.egress.own_api import OwnApi
 from hiverd.egress.script_pool import ScriptPool
+from hiverd.fuse.frames import RemoteOptions
 from hiverd.sandboxes.apply import ConfigApplier
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.execs import ExecLimits, Execs
 from hiverd.sandboxes.file_events import FileEvents
+from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
+from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
@@ -85,25 +88,39 @@ class Core:
         self.records = Records(database)
         self.journal = Journal(database, self.clock, max_count=500, max_bytes=1 << 20)
         self.tasks = TaskGroup()
-        self.planner = MountPlanner(())
+        self.planner = MountPlanner((), environ={})
+        base = volumes.root.parent
+        remote = RemoteOptions(cache_bytes=1 << 26, uploads=4)
+        self.governed = GovernedMounts(base / "mounts", base / "remote", remote, 1.0, self.tasks)
+        self.mounting = Mounting(self.planner, self.governed)
         self.egress_folder = volumes.root.parent / "egress"
         dialer = Dialer(OwnApi("127.0.0.1", 10000), {})
         self.egress = EgressGates(self.egress_folder, dialer, ScriptPool(), "allow")
         file_events = FileEvents(volumes.root)
-        self.applier = ConfigApplier(self.records, self.planner, self.egress, file_events, "allow")
+        self.applier = ConfigApplier(
+            records=self.records,
+            planner=self.planner,
+            mounting=self.mounting,
+            governed=self.governed,
+            egress=self.egress,
+            file_events=file_events,
+            default_egress="allow",
+        )
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(
             isolation=isolation,
             volumes=volumes,  # type: ignore[arg-type]
             records=self.records,
             journal=self.journal,
-            specs=SpecBuilder(SPEC_DEFAULTS, self.planner),
+            specs=SpecBuilder(SPEC_DEFAULTS, self.mounting),
             file_events=file_events,
             egress=self.egress,
+            governed=self.governed,
             entrypoints=Entrypoints(self.journal, self.clock, limits, self.tasks),
             clock=self.clock,
             tasks=self.tasks,
             reconcile=self.applier.reconcile,
+            revive=self.applier.revive,
             limits=ManagerLimits(
                 max_sandboxes=20, stop_grace_seconds=0.1, create_timeout_seconds=5, default_ttl_seconds=1800
             ),
@@ -113,6 +130,7 @@ class Core:
             isolation=isolation,
             volumes=volumes,  # type: ignore[arg-type]
             egress=self.egress,
+            governed=self.governed,
             records=self.records,
             clock=self.clock,
             tasks=self.tasks,
