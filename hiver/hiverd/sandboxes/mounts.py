@@ -20,7 +20,7 @@ from hiverd.sandboxes.origins import resolve_origin
 from hiverd.strict import to_builtins
 from hiverd.wire.config import AclRule, AnyFileSystem, LocalFileSystem, SandboxConfig
 from hiverd.wire.environment import with_environment
-from hiverd.wire.redaction import SECRET_MEMBERS
+from hiverd.wire.redaction import SECRET_MEMBERS, without_user_info
 
 Kind = Literal["native", "governed", "internal"]
 
@@ -49,8 +49,10 @@ class PlannedMount(Struct, frozen=True):
     @property
     def data(self) -> tuple[str, str | None, str]:
         """Two mounts of equal data differ in rules and credentials only."""
-        told = sorted((name, value) for name, value in self.entry.items() if name not in _NOT_DATA)
-        return self.backend, self.origin, repr(told)
+        told = {name: value for name, value in self.entry.items() if name not in _NOT_DATA}
+        if "host" in told:
+            told["host"] = without_user_info(str(told["host"]))
+        return self.backend, self.origin, repr(sorted(told.items()))
 
 
 class MountPlanner:

@@ -41,6 +41,11 @@ SECRET_MEMBERS: Final = _secret_members()
 """Members of `fs` entries that hold credentials."""
 
 
+def without_user_info(url: str) -> str:
+    """The URL without the user name and password that may be in it."""
+    return _USER_INFO.sub("", url)
+
+
 def redact_config(config_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a configuration, or of a `changes` object, that is fit for logs and events.
 
