@@ -14,6 +14,7 @@ from hiverd import plugins
 from hiverd.contracts.errors import HiverError
 from hiverd.contracts.isolation import BackendContext, Finding, Isolation
 from hiverd.egress import gate
+from hiverd.fuse import launch
 from hiverd.sandboxes import file_events
 from hiverd.settings import Settings
 
@@ -37,7 +38,7 @@ def examine(settings: Settings) -> Report:
         f"{name}{' (not chosen)' if name not in candidates else ''}\n{table(found)}" for name, found in findings.items()
     ]
     parts.append(f"egress\n{table([egress])}")
-    parts.append(f"files\n{table([_probe_files(settings)])}")
+    parts.append(f"files\n{table(_probe_files(settings))}")
     if not candidates:
         parts.append(
             f"No isolation plug-in named {chosen} is installed." if findings else "No isolation plug-in is installed."
@@ -70,8 +71,8 @@ def _probe_gate() -> Finding:
     return Finding(name="packet filter", ok=True, detail="refuses and records what the proxy does not take")
 
 
-def _probe_files(settings: Settings) -> Finding:
-    return file_events.probe(_scratch(settings.server.data_dir) or Path(tempfile.gettempdir()))
+def _probe_files(settings: Settings) -> list[Finding]:
+    return [launch.probe(), file_events.probe(_scratch(settings.server.data_dir) or Path(tempfile.gettempdir()))]
 
 
 async def _examine_one(plugin: Isolation) -> list[Finding]:

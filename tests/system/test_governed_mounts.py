@@ -76,6 +76,15 @@ async def test_rules_hold_for_root_and_every_attempt_is_an_event(
     assert {event["backend"] for event in responses} == {"local"}
 
 
+async def test_what_a_command_did_is_on_record_when_it_has_ended(
+    http: httpx.AsyncClient, new_key: Callable[[], str]
+) -> None:
+    box = await Box.create(http, new_key(), fs=[local("/workspace", *RULES)])
+    for number in range(20):
+        await box.out(f"echo x > /workspace/open-{number}")
+        assert ("allowed", "write", f"/workspace/open-{number}") in await box.accesses()
+
+
 async def test_the_file_api_is_not_bound_by_rules_and_opens_nothing_for_the_agent(
     http: httpx.AsyncClient, new_key: Callable[[], str]
 ) -> None:

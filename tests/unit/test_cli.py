@@ -245,7 +245,8 @@ def test_doctor_on_a_good_host(probed: dict[str, list[Finding]]) -> None:
         "microvm\n  MISSING   microvm  microvm needs a library\n\n"
         "oci\n  ok        runtime  runc 1.1.5\n  optional  kvm      absent\n\n"
         "egress\n  ok        packet filter  refuses and records what the proxy does not take\n\n"
-        "files\n  ok        file events  by fanotify: open local mounts at native speed\n\n"
+        "files\n  ok        governed mounts  by FUSE: mounts with rules, and remote ones\n"
+        "  ok        file events      by fanotify: open local mounts at native speed\n\n"
         "Ready: hiver serve\n"
     )
 

@@ -88,13 +88,19 @@ class Quit(Struct, frozen=True, tag=True, kw_only=True):
     number: int
 
 
+class Tell(Struct, frozen=True, tag=True, kw_only=True):
+    """Answered when everything that happened until now has been told."""
+
+    number: int
+
+
 class Recorded(Struct, frozen=True, tag=True):
     """No question: so many of the accesses that were told on this connection are on record for good."""
 
     accesses: int
 
 
-Question = Begin | Attach | Change | Upload | Finish | Quit
+Question = Begin | Attach | Change | Upload | Tell | Finish | Quit
 
 
 class Failure(Struct, frozen=True):

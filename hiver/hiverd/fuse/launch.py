@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from hiverd.contracts.isolation import Finding
+
 SUBCOMMAND: Final = "mount-server"
 """Of the command line, hidden: how a frozen binary starts a mount server from itself."""
 SOCKET: Final = "control"
@@ -17,6 +19,17 @@ PID: Final = "pid"
 MOUNTPOINT: Final = "fs"
 _BOOT: Final = "import sys; sys.path[:] = sys.argv[3:]; from hiverd.fuse.worker import main; main()"
 _BACKLOG: Final = 4
+
+
+def probe() -> Finding:
+    """Whether this host can have governed mounts, for `hiver doctor`."""
+    name = "governed mounts"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        detail = f"mounts with rules and remote ones are refused: /dev/fuse: {error.strerror}"
+        return Finding(name, ok=False, detail=detail, required=False, remedy="modprobe fuse")
+    return Finding(name, ok=True, detail="by FUSE: mounts with rules, and remote ones", required=False)
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:

@@ -30,6 +30,7 @@ from hiverd.fuse.frames import (
     Quit,
     Recorded,
     Said,
+    Tell,
     Upload,
     frame,
     heard_of,
@@ -90,6 +91,8 @@ class Worker:
                     self._outbox.confirmed(writer, question.accesses)
                     continue
                 done = await self._answer(question)
+                if isinstance(question, Tell | Finish | Quit):
+                    await self._outbox.flush()
                 writer.write(frame(done))
                 await writer.drain()
                 if isinstance(question, Quit):

@@ -96,7 +96,7 @@ class FileEvents:
         except OSError as error:
             raise UnavailableError(f"accesses of files cannot be watched: {error.strerror}") from error
         self._followed[sandbox.id] = _Followed(sandbox, watch)
-        sandbox.events.before_flush = lambda: self.flush(sandbox.id)
+        sandbox.events.before_flush["native"] = lambda: self.flush(sandbox.id)
 
     def _folders(self, sandbox: Sandbox) -> Folders:
         if sandbox.spec is None:
@@ -213,7 +213,7 @@ class _Followed:
         self.watch.pending.told(self._taken)
         self.watch.pending.told(self.watch.pending.take())
         self._taken, self._next = [], 0
-        self.sandbox.events.before_flush = None
+        self.sandbox.events.before_flush.pop("native", None)
 
     def collect(self) -> bool:
         """Whether there is something to emit."""

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 BEGIN_FILE: Final = "mount"
 """In a remote mount's folder: what its server was told, so that another one can go on with the uploads."""
 PROGRESS_SECONDS: Final = 2.0
+FLUSH_SECONDS: Final = 2.0
 
 
 class GovernedMounts:
@@ -144,6 +146,7 @@ class GovernedMounts:
             if self.find(sandbox.id, planned.target) is server and self.on_lost is not None:
                 self.on_lost(sandbox.id, planned.target)
 
+        sandbox.events.before_flush["governed"] = partial(self.flush, sandbox.id)
         recorder = MountRecorder(sandbox, planned.target, planned.backend, self._tasks)
         return MountServer(self._run_dir / sandbox.id / name, planned.field, recorder, lost)
 
@@ -164,6 +167,11 @@ class GovernedMounts:
             check=check and not planned.entry.get("async"),
             remote=self._remote if planned.remote else None,
         )
+
+    async def flush(self, sandbox_id: str) -> None:
+        """The accesses before this call are with the journal when it returns, or `FLUSH_SECONDS` have passed."""
+        servers = list(self._servers.get(sandbox_id, {}).values())
+        await asyncio.gather(*(server.hand_over(FLUSH_SECONDS) for server in servers))
 
     # -- all mounts of a sandbox ------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from hiverd.contracts.errors import HiverError
 from hiverd.files import linux
 from hiverd.fuse import launch
 from hiverd.fuse.control import Connection, MountServerLostError, error_of
-from hiverd.fuse.frames import Attach, Begin, Change, Done, Finish, Quit, Upload
+from hiverd.fuse.frames import Attach, Begin, Change, Done, Finish, Question, Quit, Tell, Upload
 from hiverd.sandboxes.mount_events import Listener
 from hiverd.wire.model import AclRule
 
@@ -91,7 +91,7 @@ class MountServer:
     def _number(self) -> int:
         return 1 if self._connection is None else self._connection.next_number()
 
-    async def _ask(self, question: Begin | Attach | Change | Upload | Finish | Quit, seconds: float) -> Done:
+    async def _ask(self, question: Question, seconds: float) -> Done:
         if self._connection is None:
             raise MountServerLostError("the mount's process is not connected")
         done = await self._connection.ask(question, seconds)
@@ -109,6 +109,11 @@ class MountServer:
     async def set_recording(self, recording: bool) -> None:
         """Whether accesses are to be told of. Raises `HiverError`."""
         await self.change(self._rules, recording)
+
+    async def hand_over(self, seconds: float) -> None:
+        """What happened until now has been told when this returns, or so many seconds have passed."""
+        with contextlib.suppress(HiverError):
+            await self._ask(Tell(number=self._number()), seconds)
 
     async def upload(self, seconds: float) -> int:
         """How many files are still pending after at most so many seconds."""

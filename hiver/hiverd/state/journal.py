@@ -245,7 +245,7 @@ class SandboxEvents(EventSink):
         self.stored_bytes = 0
         self.on_activity: Callable[[], None] | None = None
         """Called for each event that is a sign of life (PROTOCOL 8)."""
-        self.before_flush: Callable[[], Awaitable[None]] | None = None
+        self.before_flush: dict[str, Callable[[], Awaitable[None]]] = {}
         """Makes sure that what has happened has been emitted, where that comes later."""
 
     @property
@@ -349,8 +349,7 @@ class SandboxEvents(EventSink):
 
     async def flushed(self) -> None:
         """Waits until everything that happened before this call can be read."""
-        if self.before_flush is not None:
-            await self.before_flush()
+        await asyncio.gather(*(hand_over() for hand_over in self.before_flush.values()))
         await self._journal.flushed()
 
     def close(self) -> None:
