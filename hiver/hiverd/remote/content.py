@@ -28,10 +28,17 @@ class Content(Protocol):
         """Before these bytes are read from the folder's file: they are to be there."""
 
     def modify(self, path: str) -> None:
-        """Before the content of a file changes (write, truncate, allocate): from now on it is pending."""
+        """Before the content of a file changes (write, truncate, allocate): from now on it is pending.
+
+        What changes without a handle (`truncate(2)`) is an `open`, a `modify` and a `close`.
+        """
 
     def close(self, path: str, *, written: bool) -> None:
-        """One of the handles that `open` or `created` stand for has gone; `written` if it changed anything."""
+        """One of the handles that `open` or `created` stand for has gone; `written` if it changed anything.
+
+        `path` is the file's name as of now, or its last one if it was removed or replaced meanwhile: handles of those
+        are closed here too.
+        """
 
     def created(self, path: str) -> None:
         """A new, empty file is in the folder and open for writing."""
