@@ -14,6 +14,7 @@ from typing import Final
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FALLOC_FL_KEEP_SIZE: Final = 0x01
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
+_PAGE_BYTES: Final = 64 << 10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
@@ -161,7 +162,8 @@ def write_at(fd: int, offset: int, piece: bytes, mtime_ns: int) -> None:
 def empty(fd: int, size: int, mtime_ns: int) -> None:
     """Frees all content. The size does not even for a moment become another one, if it is right already."""
     if os.fstat(fd).st_size == size:
-        if size and _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, 0, size):
+        whole_pages = -(-size // _PAGE_BYTES) * _PAGE_BYTES  # of the last page only zeroes would be left
+        if size and _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, 0, whole_pages):
             os.ftruncate(fd, 0)  # a file system without holes
             os.ftruncate(fd, size)
     else:

@@ -11,8 +11,7 @@ import pytest
 from hiverd.remote.settings import RemoteSettings
 from hiverd.testing.filesystem_fakes import FakeFileSystem, ForbiddenFileSystem, SlowFileSystem
 from support.waiting import until
-
-from .rig import LATE, QUICK, mounted
+from unit.remote.rig import LATE, QUICK, mounted
 
 
 def test_a_listing_makes_placeholders_and_downloads_nothing(tmp_path):
