@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, suppress
 from typing import Final
 
 from hiverd.remote.listing import Listings
-from hiverd.remote.nodes import Node
+from hiverd.remote.node import Node
 from hiverd.remote.reading import Reader
 from hiverd.remote.shared import Shared
 from hiverd.remote.state import Row

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 from hiverd.remote.calls import Remote
-from hiverd.remote.nodes import NEVER, Node, Table
+from hiverd.remote.node import NEVER, Node
+from hiverd.remote.nodes import Table
 from hiverd.remote.shared import Shared, Stopwatch
 from hiverd.remote.state import Row
 from hiverd.remote.tree import is_name, join, make_directory, make_file, make_link, split

@@ -10,7 +10,7 @@ import errno
 import os
 
 from hiverd.remote.listing import Listings
-from hiverd.remote.nodes import Node
+from hiverd.remote.node import Node
 from hiverd.remote.reading import Reader
 from hiverd.remote.shared import Shared
 from hiverd.remote.tree import split

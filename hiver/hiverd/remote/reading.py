@@ -13,7 +13,7 @@ import os
 from contextlib import aclosing
 
 from hiverd.remote.calls import Remote
-from hiverd.remote.nodes import Fetch, Node
+from hiverd.remote.node import Fetch, Node
 from hiverd.remote.ranges import Ranges, aligned, parts
 from hiverd.remote.shared import Shared
 from hiverd.remote.tree import write_at

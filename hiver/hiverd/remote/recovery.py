@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from hiverd.remote.nodes import Node, Table
+from hiverd.remote.node import Node
+from hiverd.remote.nodes import Table
 
 log = logging.getLogger(__name__)
 

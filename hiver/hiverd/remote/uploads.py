@@ -11,18 +11,16 @@ import errno
 import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Final
 
 from hiverd.contracts.filesystem import ABSENT, VersionConflictError
 from hiverd.remote.calls import Remote, is_condition, safe_text
-from hiverd.remote.conflicts import conflict_name
+from hiverd.remote.collisions import Collisions
 from hiverd.remote.listing import Listings
-from hiverd.remote.nodes import NEVER, Node
-from hiverd.remote.ranges import Ranges
+from hiverd.remote.node import NEVER, Node
 from hiverd.remote.schedule import Schedule, due_after_close, retry_pause
 from hiverd.remote.shared import Shared
-from hiverd.remote.tree import join, split
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +41,7 @@ class Uploader:
         self._table = shared.table
         self._settings = shared.settings
         self._listings = listings
+        self._collisions = Collisions(shared, listings, schedule=self.schedule, uploaded=self.uploaded)
         self._schedule: Schedule[Node] = Schedule()
         self._wake = asyncio.Event()
         self._sleeps_until = NEVER
@@ -184,15 +183,16 @@ class Uploader:
                 remote = await self._write(path, fd, size, base)
                 with table.lock:
                     self._listings.touch(path)
-                    self._uploaded(node, remote, fd, unchanged=settled and node.generation == generation)
+                    self.uploaded(node, remote, fd, unchanged=settled and node.generation == generation)
         except FileNotFoundError as error:
             if tree.status(node.path) is not None:
                 raise
             self._lost(node, error)
         except VersionConflictError:
-            await self._conflict(node)
+            await self._collisions.settle(node)
 
-    def _uploaded(self, node: Node, remote: Remote, fd: int, *, unchanged: bool) -> None:
+    def uploaded(self, node: Node, remote: Remote, fd: int, *, unchanged: bool) -> None:
+        """The backend has what was read from `fd`. Under the lock."""
         node.version = remote.version
         node.asked = self._shared.now()
         node.attempts, node.error = 0, None
@@ -245,102 +245,3 @@ class Uploader:
                 raise _ChangedError
             offset += len(piece)
             yield piece
-
-    # -- conflicts
-
-    async def _conflict(self, node: Node) -> None:
-        """The backend has something else than ours was made from. Theirs stays; ours goes beside it."""
-        table = self._table
-        try:
-            theirs = await self._shared.backend.stat(node.path)
-        except FileNotFoundError:
-            with table.lock:  # it has gone: ours is a new one
-                node.version = None
-                self._again(node)
-            return
-        if theirs.kind == "file" and await self._is_alike(node, theirs):
-            return
-        await asyncio.to_thread(self._keep_both, node, theirs)
-
-    def _again(self, node: Node) -> None:
-        self._table.save(node)
-        self.schedule(node, self._shared.now())
-
-    async def _is_alike(self, node: Node, theirs: Remote) -> bool:
-        """Whether the backend has our content: then an earlier upload did arrive, and only its answer did not."""
-        with self._shared.tree.opened(node.path, os.O_RDONLY) as fd:
-            generation, status = node.generation, os.fstat(fd)
-            if status.st_size != theirs.size:
-                return False
-            offset = 0
-            async with aclosing(self._shared.backend.read(node.path, 0, None)) as pieces:
-                async for piece in pieces:
-                    if piece != await asyncio.to_thread(os.pread, fd, len(piece), offset):
-                        return False
-                    offset += len(piece)
-            if offset != theirs.size or (await self._shared.backend.stat(node.path)).version != theirs.version:
-                return False
-            with self._table.lock:
-                self._listings.touch(node.path)
-                self._uploaded(node, theirs, fd, unchanged=not node.opens and node.generation == generation)
-        return True
-
-    def _keep_both(self, node: Node, theirs: Remote) -> None:
-        """In the folder and the database; the copy is then uploaded as any new file is. In a worker thread."""
-        table = self._table
-        with table.lock:
-            generation, path = node.generation, node.path
-            parent, name = split(path)
-            taken = {split(row.path)[1] for row in table.state.children(parent)}
-            taken.update(split(other)[1] for other in table.nodes if split(other)[0] == parent)
-        copy_path = self._copy(path, name, taken)
-        with table.lock:
-            self._listings.touch(path)
-            self._listings.touch(copy_path)
-            copy = table.add(copy_path)
-            found = self._shared.tree.status(copy_path)
-            copy.size = found.st_size if found is not None else 0
-            if node.gone or node.generation != generation or not node.pending:
-                table.remove(copy)  # it may hold two states of the file
-                self._shared.tree.remove(copy_path)
-                if node.pending:
-                    self.schedule(node, self._shared.now() + self._settings.quiet_seconds)
-                return
-            self._resolve(node, theirs, copy)
-        log.warning("%s: the service has another version; ours is kept as %s", path, copy_path)
-
-    def _copy(self, path: str, name: str, taken: set[str]) -> str:
-        while True:
-            chosen = conflict_name(name, self._shared.clock.wall(), taken)
-            with suppress(FileExistsError):
-                self._shared.tree.copy_beside(path, chosen)
-                return join(split(path)[0], chosen)
-            taken.add(chosen)
-
-    def _pend_copy(self, copy: Node) -> None:
-        self._table.begin_pending(copy)
-        self._table.changed(copy.path)
-        self.schedule(copy, self._shared.now())
-
-    def _resolve(self, node: Node, theirs: Remote, copy: Node) -> None:
-        table = self._table
-        node.pending = False
-        node.attempts, node.error = 0, None
-        if theirs.kind != "file":  # a directory or a link has taken the name
-            table.remove(node)
-            self._shared.tree.remove(node.path)
-            self._pend_copy(copy)
-            self._listings.forget(split(node.path)[0])
-            return
-        ours = (node.version or "~ours", node.size, node.mtime_ns)
-        node.present = Ranges()
-        node.version, node.size, node.mtime_ns = theirs.version, theirs.size, theirs.mtime_ns
-        table.save(node)
-        self._pend_copy(copy)  # commits both
-        if node.opens:  # those who have it open keep ours, until they close it
-            node.version, node.size, node.mtime_ns = ours
-            node.present = Ranges.whole(node.size)
-            node.behind = theirs
-        else:
-            table.reset(node, theirs.size, theirs.mtime_ns)
-        table.changed(node.path)

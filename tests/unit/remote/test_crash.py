@@ -62,22 +62,25 @@ def kill(mount):
     mount.content._table.state.commit = lambda: None
 
 
-def test_a_rename_that_the_folder_did_not_follow_is_finished(tmp_path):
+def test_what_the_folder_did_not_follow_is_finished(tmp_path):
     backend = FakeFileSystem()
-    backend.put("/remote", b"remote")
+    for name in ("remote", "doomed", "d/x"):
+        backend.put(f"/{name}", name.encode())
     with mounted(tmp_path, backend, LATE) as mount:
         mount.write("/new", b"new")
-        mount.names()
+        mount.names("/d")
         mount.content.rename("/new", "/newer")
         mount.content.rename("/remote", "/moved")
-        mount.content.unlink("/moved")
+        mount.content.rename("/d", "/e")
+        mount.content.unlink("/doomed")
         kill(mount)
     with mounted(tmp_path, backend, LATE) as mount:
         assert mount.recovered.count == 1
+        assert sorted(os.listdir(mount.tree)) == ["e", "moved", "newer"]
         assert mount.drain().count == 0
-        assert backend.files() == {"/newer": b"new"}
-        assert mount.names() == ["newer"]
-        assert os.listdir(mount.tree) == ["newer"]
+        assert backend.files() == {"/newer": b"new", "/moved": b"remote", "/e/x": b"d/x"}
+        assert mount.names() == ["e", "moved", "newer"]
+        assert mount.read("/e/x") == b"d/x"
 
 
 def test_what_does_not_fit_its_record_is_fetched_again(tmp_path):

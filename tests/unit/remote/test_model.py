@@ -27,6 +27,9 @@ STEPS = st.lists(
 HASTY = RemoteSettings(quiet_seconds=0.001, longest_seconds=0.002, listing_seconds=0, listing_factor=0, stat_seconds=0)
 
 
+FILE_STEPS = {"write", "patch", "touch", "read", "unlink"}
+
+
 class Model:
     """A disk, as a folder."""
 
@@ -71,36 +74,42 @@ def on_model(model: Model, name: str, path: str, argument: object) -> object:
 
 
 def on_mount(mount: Mount, name: str, path: str, argument: object) -> object:
+    """What the kernel and the tree of a mount refuse is refused before the folder's `Content` is asked."""
     mount.look_up(path)
-    if not mount.real(path).parent.is_dir():
+    real = mount.real(path)
+    if not real.parent.is_dir():
         raise FileNotFoundError(path)
-    if name in {"write", "patch", "touch", "read"} and mount.real(path).is_dir():
+    if name == "rename":
+        return rename(mount, path, argument)
+    if name in FILE_STEPS:
+        return on_file(mount, name, path, argument)
+    if name == "list":
+        return mount.names(path)
+    if name == "drain":
+        assert mount.drain().count == 0
+        return None
+    if (name == "mkdir" and mount.exists(path)) or (name == "rmdir" and real.is_file()):
+        raise FileExistsError(path)
+    getattr(mount, name)(path)
+    return None
+
+
+def on_file(mount: Mount, name: str, path: str, argument: object) -> object:
+    if mount.real(path).is_dir():
         if name == "touch":
             return None
         raise IsADirectoryError(path)
-    if name == "write":
-        mount.write(path, argument)
-    elif name == "patch":
+    if name == "read":
+        return mount.read(path)
+    if name == "patch":
         with mount.open(path, os.O_RDWR) as handle:
             handle.write(argument, 2)
     elif name == "touch":
         mount.open(path, os.O_RDWR | os.O_CREAT).close()
-    elif name in {"read", "list"}:
-        return mount.read(path) if name == "read" else mount.names(path)
-    elif name == "drain":
-        assert mount.drain().count == 0
-    elif name == "rename":
-        rename(mount, path, argument)
-    elif name == "unlink":
-        if mount.real(path).is_dir():
-            raise IsADirectoryError(path)
+    elif name == "write":
+        mount.write(path, argument)
+    else:
         mount.unlink(path)
-    elif name in {"mkdir", "rmdir"}:
-        if name == "mkdir" and mount.exists(path):
-            raise FileExistsError(path)
-        if name == "rmdir" and mount.real(path).is_file():
-            raise NotADirectoryError(path)
-        getattr(mount, name)(path)
     return None
 
 

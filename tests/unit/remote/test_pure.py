@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +25,7 @@ def test_ranges_are_sets_of_bytes(spans, start, end):
         model |= new
     pairs = list(ranges)
     assert {byte for low, high in pairs for byte in range(low, high)} == model
-    assert all(before[1] < after[0] for before, after in zip(pairs, pairs[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(pairs))
     assert ranges.total == len(model)
     asked = set(range(start, end))
     assert ranges.covers(start, end) == (asked <= model)
