@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Program to look for -> package that holds it.
 RUN_PROGRAMS=(runc:runc conmon:conmon catatonit:catatonit skopeo:skopeo umoci:umoci ip:iproute2 nft:nftables mkfs.ext4:e2fsprogs /usr/bin/python3:python3)
-TEST_PROGRAMS=(docker-registry:docker-registry busybox:busybox-static wrk:wrk stress-ng:stress-ng curl:curl wget:wget git:git npm:npm node:nodejs certutil:libnss3-tools)
+TEST_PROGRAMS=(docker-registry:docker-registry busybox:busybox-static wrk:wrk stress-ng:stress-ng curl:curl wget:wget git:git npm:npm node:nodejs certutil:libnss3-tools rsync:rsync sqlite3:sqlite3)
 
 wanted=("${RUN_PROGRAMS[@]}")
 if [[ "${1:-}" == "--tests" ]]; then

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hiverd.egress.globs import matches_glob, matches_segments
+from hiverd.globs import matches_glob, matches_segments
 from hiverd.egress.rules import Policy
 from hiverd.egress.targets import path_readings
 from hiverd.wire.model import EgressRule
