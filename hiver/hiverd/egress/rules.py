@@ -14,10 +14,10 @@ from typing import Final
 from msgspec import Struct, field
 
 from hiverd.egress.addresses import embedded_ipv4
-from hiverd.globs import ANY_SEGMENTS, matches_glob, matches_segments
 from hiverd.egress.names import Address, HostError, canonical_host
 from hiverd.egress.overrides import secrets_of
 from hiverd.egress.targets import path_readings
+from hiverd.globs import ANY_SEGMENTS, matches_glob, matches_segments
 from hiverd.wire.model import EgressRule
 
 _ABOUT_ADDRESSES: Final = re.compile(r"(?=.*[0-9:])[0-9a-f:.*]+")

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hiverd.globs import matches_glob, matches_segments
 from hiverd.egress.rules import Policy
 from hiverd.egress.targets import path_readings
+from hiverd.globs import matches_glob, matches_segments
 from hiverd.wire.model import EgressRule
 
 DENY = EgressRule(access="deny", host="api.test", paths=("/admin/**",))
