@@ -2,7 +2,7 @@
 
 A pattern is an exact path, `P/**` for P and all below it, or holds `*`, `?` and `**` anywhere, compared segment by
 segment. Of the patterns that match, the one with the longest literal text before its first wildcard decides, of equal
-ones the earlier; the `/` before a closing `**` does not count, so that `P` and `P/**` are equally long. Nothing
+ones the earlier. The `/` before a closing `**` does not count, so that `P` and `P/**` are equally long. Nothing
 matches: deny. No rules at all: everything `rw`.
 
 A pattern that does not lie below the mount, as it is written, is read relative to the mount: with the mount `/data`,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 from hiverd.files.acl import Access
@@ -53,6 +54,8 @@ class Core:
         self.judge = judge
         self.attributes = attributes
         self.content = content
+        self.pages_refused: Callable[[Node], None] = lambda _node: None
+        """Called when pages of a mapping could not be written: the kernel is to drop them. Must not wait."""
 
     def place(self, number: int, name: bytes) -> Place:
         """A name as the kernel sends it, below a node. `EINVAL` for names that are more than one step."""

@@ -129,8 +129,9 @@ class FileOperations:
         self._handles[fd] = handle
         node.handles.append(fd)
         opened = abi.FOPEN_KEEP_CACHE if keep else 0
-        if exempt and node.access == "deny":
-            # Pages would be there for those who have it open from before it was denied.
+        if exempt and node.access != "rw":
+            # Pages would be there for those who have it open from before it was denied; and what old mappings of what
+            # is read-only now have changed in theirs is not the file.
             opened = abi.FOPEN_DIRECT_IO
         return abi.OPEN_OUT.pack(fd, opened, 0)
 
@@ -187,7 +188,13 @@ class FileOperations:
         handle = self.handle(fd)
         # Pages of a mapping come with any handle, so that handle says nothing about who wrote them.
         exempt = handle.exempt and not write_flags & abi.WRITE_CACHE
-        node = self._may_write(handle, exempt=exempt)
+        try:
+            node = self._may_write(handle, exempt=exempt)
+        except OSError:
+            if write_flags & abi.WRITE_CACHE:
+                # Others would go on seeing what was not written.
+                self._core.pages_refused(handle.node)
+            raise
         data = body[abi.WRITE_IN.size : abi.WRITE_IN.size + size]
         appends = flags & os.O_APPEND and not write_flags & abi.WRITE_CACHE
         began = perf_counter()

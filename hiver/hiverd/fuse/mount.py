@@ -12,6 +12,7 @@ from typing import Final
 from hiverd.files import linux
 from hiverd.files.acl import Rules
 from hiverd.fuse import abi, syscalls
+from hiverd.fuse.aside import SLOW, Aside, send
 from hiverd.fuse.attributes import OWNED, SHARED, Attributes, Caching, Owners
 from hiverd.fuse.caller import Caller
 from hiverd.fuse.core import Core
@@ -60,10 +61,12 @@ class FuseMount:
         self._judge = Judge(record, exempt)
         core = Core(self._tree, self._directories, self._judge, Attributes(caching, owners or Owners()), content)
         self._dispatcher = Dispatcher(core)
+        core.pages_refused = lambda node: self._aside.do(lambda: self._forget_pages(node))
         self._fs_name = fs_name
         self._fd = -1
         self._mountpoint: str | None = None
         self._threads: list[threading.Thread] = []
+        self._aside = Aside(self._dispatcher.answer, self._callers)
         self._changing = threading.Lock()
         self._closed = False
 
@@ -86,7 +89,8 @@ class FuseMount:
             self._fd = -1
             raise
         self._mountpoint = str(mountpoint)
-        for number, caller in enumerate(self._callers):
+        self._aside.start(self._fd)
+        for number, caller in enumerate(self._callers[:-1]):  # the last one is the thread's that works aside
             thread = threading.Thread(target=self._serve, args=(caller,), name=f"fuse-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -147,6 +151,7 @@ class FuseMount:
             return
         self.abort()
         self.wait()
+        self._aside.close()
         self._closed = True
         if self._fd >= 0:
             os.close(self._fd)
@@ -160,7 +165,10 @@ class FuseMount:
                 flags = abi.EXPIRE_ONLY if self._dispatcher.expires_entries else 0
                 body = abi.INVAL_ENTRY_OUT.pack(parent.id, len(node.name), flags) + node.name + b"\0"
                 self._notify(abi.NOTIFY_INVAL_ENTRY, body)
-            self._notify(abi.NOTIFY_INVAL_INODE, abi.INVAL_INODE_OUT.pack(node.id, 0, 0))
+            self._forget_pages(node)
+
+    def _forget_pages(self, node: Node) -> None:
+        self._notify(abi.NOTIFY_INVAL_INODE, abi.INVAL_INODE_OUT.pack(node.id, 0, 0))
 
     def _notify(self, code: int, body: bytes) -> None:
         try:
@@ -185,7 +193,7 @@ class FuseMount:
         fd, answer = self._fd, self._dispatcher.answer
         buffer = bytearray(abi.REQUEST_BUFFER_BYTES)
         view, into = memoryview(buffer), (buffer,)
-        readv, writev = os.readv, os.writev
+        readv = os.readv
         while True:
             try:
                 size = readv(fd, into)
@@ -196,13 +204,12 @@ class FuseMount:
                     # The request was withdrawn before we had it.
                     continue
                 raise
+            if buffer[4] in SLOW:
+                self._aside.serve(view[:size].tobytes())
+                continue
             answered = answer(caller, view[:size])
             if answered is not None:
-                try:
-                    writev(fd, answered)
-                except OSError as error:
-                    if error.errno not in {errno.ENOENT, errno.ENODEV}:
-                        raise
+                send(fd, answered)
 
 
 def _read_ahead(mountpoint: str) -> None:
