@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from hiverd.files.acl import Access, Rules
 from hiverd.fuse.attributes import FolderOwner
+from hiverd.fuse.descriptors import MAX_OPEN_DIRECTORIES
 from hiverd.fuse.judge import FsAccess, ServerProcess
 from hiverd.fuse.mount import FuseMount
 from hiverd.wire.model import AclRule
@@ -112,6 +113,7 @@ class _Served:
             shared=settings.get("shared", False),
             threads=settings.get("threads"),
         )
+        self.mount._directories._bound = settings.get("descriptors", MAX_OPEN_DIRECTORIES)
         self.mount.start(Path(settings["path"]))
 
     def rules(self, pairs: RuleList) -> Rules:
@@ -132,6 +134,8 @@ class _Served:
             case "abort":
                 self.mount.abort()
                 return self.mount.wait(10)
+            case "threads":
+                return sum(thread.is_alive() for thread in self.mount._threads)
             case "nodes":
                 return len(self.mount._tree)
             case "descriptors":

@@ -5,6 +5,7 @@ Numbers are in the machine's own byte order; requests and answers never leave th
 
 from __future__ import annotations
 
+import sys
 from struct import Struct
 from typing import Final
 
@@ -101,6 +102,8 @@ EXPIRE_ONLY: Final = 1 << 0
 
 _ATTR: Final = "QQQqqqIIIIIIIIII"
 
+OPERATION_BYTE: Final = 4 if sys.byteorder == "little" else 7
+"""Where a request says what it is: all numbers are below 256."""
 IN_HEADER: Final = Struct("=IIQQIIIHH")
 """length, operation, unique, node, uid, gid, pid, extensions (8-byte units), padding"""
 OUT_HEADER: Final = Struct("=IiQ")

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import struct
+import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -136,7 +137,7 @@ class Dispatcher:
         if major > abi.MAJOR:
             # It asks again, with our version.
             return abi.INIT_OUT.pack(abi.MAJOR, abi.MINOR, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        more = int.from_bytes(body[16:20].tobytes(), "little") if flags & abi.INIT_EXT and len(body) >= 20 else 0
+        more = int.from_bytes(body[16:20], sys.byteorder) if flags & abi.INIT_EXT and len(body) >= 20 else 0
         self.expires_entries = bool(more & abi.HAS_EXPIRE_ONLY)
         wanted = _WANTED
         alone = self._core.attributes.caching.keep_pages and self._core.content is None

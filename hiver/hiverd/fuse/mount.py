@@ -208,7 +208,7 @@ class FuseMount:
                     # The request was withdrawn before we had it.
                     continue
                 raise
-            if buffer[4] in SLOW:
+            if buffer[abi.OPERATION_BYTE] in SLOW:
                 self._aside.serve(view[:size].tobytes())
                 continue
             answered = answer(caller, view[:size])
