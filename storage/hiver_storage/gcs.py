@@ -8,6 +8,7 @@ environment of the server names another service, as it does for gcsfs.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import secrets
@@ -110,7 +111,7 @@ class GcsStore(Store):
             answer = await self._session.request(
                 method,
                 URL(url, encoded=True),
-                data=data,
+                data=io.BytesIO(data),
                 headers={**_PLAIN, **headers, **token},
                 allow_redirects=False,
             )
