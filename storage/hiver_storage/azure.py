@@ -1,7 +1,7 @@
 """The backend `azure`: a container of Azure Blob Storage (PROTOCOL 4.2).
 
-Versions are entity tags, conditions are `If-Match` and `If-None-Match`. On the client of `azure-storage-blob` that
-adlfs stands on: adlfs itself has neither conditions nor timeouts, and no endpoint to give beside a SAS token.
+Versions are entity tags, conditions are `If-Match` and `If-None-Match`. On the client of `azure-storage-blob`,
+which adlfs stands on as well: adlfs has neither conditions nor timeouts, and no endpoint to give beside a SAS token.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class AzureStore(Store):
         url = self._blob(source.key).url.partition("?")[0]
         target = self._blob(key)
         answer = await target.start_copy_from_url(f"{url}?{self._query}" if self._query else url)
-        status = answer["copy_status"]
+        status: Any = answer["copy_status"]
         while status == "pending":
             await asyncio.sleep(_POLL_SECONDS)
             status = (await target.get_blob_properties()).copy.status
@@ -244,7 +244,7 @@ class AzureUpload(Upload):
             )
         except HttpResponseError as error:
             # Who finishes an upload to the same name ends all others.
-            if error.error_code == "InvalidBlockList":
+            if _code(error) == "InvalidBlockList":
                 raise _overtaken(self._condition) from None
             raise
         return _written(self._blob.blob_name, self._size, answer, self._metadata)
@@ -293,8 +293,14 @@ def _written(key: str, size: int, answer: Mapping[str, Any], metadata: Mapping[s
     return Stored(key, size, answer["last_modified"], _tag(answer["etag"]), link_target=target, write=write)
 
 
+def _code(error: HttpResponseError) -> str:
+    """The service's own word, where the answer has one."""
+    code = getattr(error, "error_code", None) or ""
+    return str(getattr(code, "value", code))
+
+
 def _of_answer(error: HttpResponseError) -> OSError:
-    code = str(getattr(error, "error_code", None) or "").removeprefix("StorageErrorCode.")
+    code = _code(error)
     status = error.status_code or 500
     if code in {"ContainerNotFound", "ContainerBeingDeleted"}:
         return OSError(errno.EIO, "the container does not exist")
