@@ -8,6 +8,7 @@ environment of the server names another service, as it does for gcsfs.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import secrets
@@ -25,12 +26,14 @@ from hiverd.contracts.filesystem import ABSENT
 from .failures import of_status, of_transport, quieten
 from .gcs_tokens import Tokens, credentials_of
 from .keys import decode_target, optional, prefix_of, required
+from .names import UNDECODABLE, Names
 from .object_files import PARALLEL, ObjectFileSystem
 from .object_store import LINK, WRITE, Body, Page, Store, Stored, Upload
 
 _PART_BYTES: Final = 8 << 20
 """A multiple of 256 KiB, as resumable uploads want it."""
 _PIECE_BYTES: Final = 1 << 20
+_NAMES: Final = Names(UNDECODABLE + "\r\n")
 _MEMBERS: Final = "name,size,updated,generation,metadata"
 _PLAIN: Final = {"Accept-Encoding": "identity"}
 _AS_STORED: Final = {"Accept-Encoding": "gzip"}
@@ -44,7 +47,7 @@ class GcsFileSystem(ObjectFileSystem):
     backend: ClassVar[str] = "gcs"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config, GcsStore(config), prefix_of(config, "gcs_prefix"))
+        super().__init__(config, GcsStore(config), prefix_of(config, "gcs_prefix"), _NAMES)
 
 
 class GcsError(Exception):
@@ -99,8 +102,14 @@ class GcsStore(Store):
         given = {name: value for name, value in query.items() if value is not None}
         return f"{base}?{urlencode(given, quote_via=quote)}" if given else base
 
-    async def _send(
-        self, method: str, url: str, *, data: bytes = b"", allowed: tuple[int, ...] = (), **headers: str
+    async def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        data: bytes = b"",
+        headers: Mapping[str, str] = _PLAIN,
+        allowed: tuple[int, ...] = (),
     ) -> aiohttp.ClientResponse:
         """An answer whose status is 2xx or allowed; the caller releases it. A token that is not accepted is replaced
         once."""
@@ -110,7 +119,7 @@ class GcsStore(Store):
             answer = await self._session.request(
                 method,
                 URL(url, encoded=True),
-                data=data,
+                data=io.BytesIO(data),
                 headers={**_PLAIN, **headers, **token},
                 allow_redirects=False,
             )
@@ -122,8 +131,10 @@ class GcsStore(Store):
                 break
         raise GcsError(answer.status, reason)
 
-    async def _ask(self, method: str, url: str, *, data: bytes = b"", **headers: str) -> dict[str, Any]:
-        async with await self._send(method, url, data=data, **headers) as answer:
+    async def _ask(
+        self, method: str, url: str, *, data: bytes = b"", headers: Mapping[str, str] = _PLAIN
+    ) -> dict[str, Any]:
+        async with await self.send(method, url, data=data, headers=headers) as answer:
             body = await answer.read()
         document: dict[str, Any] = json.loads(body) if body else {}
         return document
@@ -155,8 +166,8 @@ class GcsStore(Store):
         headers = dict(_AS_STORED)
         if offset or size is not None:
             headers["Range"] = f"bytes={offset}-" if size is None else f"bytes={offset}-{offset + size - 1}"
-        answer = await self._send(
-            "GET", self._url(_name(key), alt="media", generation=version), allowed=(416,), **headers
+        answer = await self.send(
+            "GET", self._url(_name(key), alt="media", generation=version), allowed=(416,), headers=headers
         )
         if answer.status == 416:
             answer.close()
@@ -175,13 +186,13 @@ class GcsStore(Store):
             await self._into_bucket(
                 url,
                 b"".join([body, data, f"\r\n--{boundary}--".encode()]),
-                **{"Content-Type": f"multipart/related; boundary={boundary}"},
+                {"Content-Type": f"multipart/related; boundary={boundary}"},
             )
         )
 
-    async def _into_bucket(self, url: str, data: bytes, **headers: str) -> dict[str, Any]:
+    async def _into_bucket(self, url: str, data: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
         try:
-            return await self._ask("POST", url, data=data, **headers)
+            return await self._ask("POST", url, data=data, headers=headers)
         except GcsError as error:
             raise _without_bucket(error) from None
 
@@ -190,7 +201,7 @@ class GcsStore(Store):
         resource = json.dumps({"name": key, "metadata": dict(metadata)}).encode()
         headers = {"Content-Type": "application/json; charset=UTF-8", "X-Upload-Content-Length": str(size)}
         try:
-            answer = await self._send("POST", url, data=resource, **headers)
+            answer = await self.send("POST", url, data=resource, headers=headers)
         except GcsError as error:
             raise _without_bucket(error) from None
         async with answer:
@@ -206,7 +217,7 @@ class GcsStore(Store):
             token = answer["rewriteToken"]
 
     async def remove(self, key: str) -> None:
-        async with await self._send("DELETE", self._url(_name(key)), allowed=(404,)):
+        async with await self.send("DELETE", self._url(_name(key)), allowed=(404,)):
             pass
 
 
@@ -251,7 +262,7 @@ class GcsUpload(Upload):
 
     async def _send(self, span: str, data: bytes) -> None:
         headers = {"Content-Range": f"bytes {span}/{self._size}"}
-        async with await self._store._send("PUT", self._url, data=data, allowed=(308,), **headers) as answer:
+        async with await self._store.send("PUT", self._url, data=data, allowed=(308,), headers=headers) as answer:
             body = await answer.read()
         if answer.status == 308:
             self._received = int(answer.headers.get("Range", "bytes=0--1").removeprefix("bytes=0-")) + 1
@@ -268,7 +279,7 @@ class GcsUpload(Upload):
 
     async def abort(self) -> None:
         if self._stored is None:
-            async with await self._store._send("DELETE", self._url, allowed=(404, 499)):
+            async with await self._store.send("DELETE", self._url, allowed=(404, 499)):
                 pass
 
 

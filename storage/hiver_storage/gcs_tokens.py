@@ -35,7 +35,7 @@ def credentials_of(text: str | None) -> Any:
     if not isinstance(document, dict) or document.get("type") != "service_account":
         raise InvalidError(f"{_MEMBER} is not the key of a service account", field=_MEMBER)
     try:
-        return service_account.Credentials.from_service_account_info(document, scopes=_SCOPES)
+        return service_account.Credentials.from_service_account_info(document, scopes=_SCOPES)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AttributeError, GoogleAuthError):
         raise InvalidError(f"{_MEMBER} holds no usable key", field=_MEMBER) from None
 
@@ -45,7 +45,7 @@ class Tokens:
 
     def __init__(self, credentials: Any, *, anonymous: bool) -> None:
         """Without credentials the host's own are used (application default credentials), or none if `anonymous`."""
-        self._credentials = AnonymousCredentials() if credentials is None and anonymous else credentials
+        self._credentials = AnonymousCredentials() if credentials is None and anonymous else credentials  # type: ignore[no-untyped-call]
         self._lock = asyncio.Lock()
         self._refused: str | None = None
 
@@ -67,7 +67,7 @@ class Tokens:
 
 def _refreshed(credentials: Any) -> Any:
     with requests.Session() as session:
-        request = partial(Request(session), timeout=_SECONDS)
+        request: Any = partial(Request(session), timeout=_SECONDS)
         try:
             if credentials is None:
                 credentials, _ = google.auth.default(scopes=_SCOPES, request=request)

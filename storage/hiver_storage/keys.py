@@ -12,35 +12,42 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from hiverd.contracts.errors import InvalidError
 
+from .names import Names
+
 _KEY_BYTES: Final = 1024
 """The longest key of all three services."""
 
 
 class Keys:
-    """The part of a bucket below a prefix. No path leads out of it."""
+    """The part of a bucket below a prefix, with names as the service takes them. No path leads out of it."""
 
-    def __init__(self, prefix: str) -> None:
-        self._base = f"{prefix}/" if prefix else ""
+    def __init__(self, prefix: str, names: Names) -> None:
+        self._names = names
+        self._base = f"{self._encoded(prefix)}/" if prefix else ""
 
     def file(self, path: str) -> str:
-        """The key of a path that is not the root. Raises OSError: EISDIR, EILSEQ, ENAMETOOLONG."""
+        """The key of a path that is not the root. Raises OSError: EISDIR, EINVAL, ENAMETOOLONG."""
         clean = clean_path(path)
         if clean == "/":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "/")
-        return self._checked(self._base + clean[1:], path)
+        return self._checked(self._base + self._encoded(clean[1:]), path)
 
     def directory(self, path: str) -> str:
         """What every key below this path begins with, and the key of the directory's own marker: it ends in `/`."""
         clean = clean_path(path)
-        return self._base if clean == "/" else self._checked(f"{self._base}{clean[1:]}/", path)
+        return self._base if clean == "/" else self._checked(f"{self._base}{self._encoded(clean[1:])}/", path)
+
+    def shown(self, name: str) -> str | None:
+        """What a mount shows for a part of a key; None for what cannot be a name of a file."""
+        shown = self._names.decode(name)
+        return None if shown in {"", ".", ".."} or "/" in shown or "\0" in shown else shown
+
+    def _encoded(self, relative: str) -> str:
+        return "/".join(map(self._names.encode, relative.split("/")))
 
     @staticmethod
     def _checked(key: str, path: str) -> str:
-        try:
-            length = len(key.encode())
-        except UnicodeEncodeError:
-            raise OSError(errno.EILSEQ, "the service takes UTF-8 names alone", path) from None
-        if length > _KEY_BYTES:
+        if len(key.encode()) > _KEY_BYTES:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
         return key
 

@@ -22,6 +22,7 @@ from hiverd.contracts.filesystem import FileSystem, Info, VersionConflictError
 from .content import Parts, whole
 from .failures import Patience, of_connection, persist
 from .keys import Keys, clean_path, encode_target, parent
+from .names import Names
 from .object_store import LINK, WRITE, Page, Store, Stored
 from .ordering import Once
 
@@ -37,10 +38,10 @@ class ObjectFileSystem(FileSystem):
 
     patience: Patience = Patience()
 
-    def __init__(self, config: Mapping[str, Any], store: Store, prefix: str) -> None:
+    def __init__(self, config: Mapping[str, Any], store: Store, prefix: str, names: Names) -> None:
         super().__init__(config)
         self.store = store
-        self._keys = Keys(prefix)
+        self._keys = Keys(prefix, names)
 
     @property
     def _copying(self) -> Patience:
@@ -75,8 +76,9 @@ class ObjectFileSystem(FileSystem):
         async for page in self._pages(prefix, flat=True):
             empty = empty and not (page.objects or page.prefixes)
             for order, name, found in await self._named(page, prefix):
-                if once.admits(order, name):
-                    yield _directory(base + name) if found is None else _info(base + name, found)
+                shown = self._keys.shown(name)
+                if shown is not None and once.admits(order, name):
+                    yield _directory(base + shown) if found is None else _info(base + shown, found)
         if empty:
             await self._explain_missing(path)
 
@@ -93,7 +95,7 @@ class ObjectFileSystem(FileSystem):
             if key != prefix
         ]
         named += [(key.removeprefix(prefix), key.removeprefix(prefix)[:-1], None) for key in page.prefixes]
-        return sorted((one for one in named if one[1] not in {"", ".", ".."}), key=lambda one: one[0])
+        return sorted(named, key=lambda one: one[0])
 
     async def _has_any(self, path: str) -> bool:
         """Whether there is a marker of this directory, or anything below it."""

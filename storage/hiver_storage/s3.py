@@ -24,6 +24,7 @@ from hiverd.contracts.filesystem import ABSENT, VersionConflictError
 
 from .failures import of_connection, of_status, of_transport, quieten
 from .keys import date_of, endpoint_of, optional, prefix_of, required
+from .names import UNDECODABLE, Names
 from .object_files import PARALLEL, ObjectFileSystem
 from .object_store import WRITE, Body, Page, Store, Stored, Upload
 
@@ -32,6 +33,7 @@ _MOST_PARTS: Final = 10_000
 _COPY_BYTES: Final = 5 << 30
 """The largest object that is copied with one request."""
 _PIECE_BYTES: Final = 1 << 20
+_NAMES: Final = Names(UNDECODABLE)
 _SIDE: Final = ".symlink"
 _SIDE_BYTES: Final = 4095
 """No target of a link is longer, so a longer object of such a name is a file."""
@@ -48,7 +50,7 @@ class S3FileSystem(ObjectFileSystem):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._s3 = S3Store(config)
-        super().__init__(config, self._s3, prefix_of(config, "s3_prefix"))
+        super().__init__(config, self._s3, prefix_of(config, "s3_prefix"), _NAMES)
 
     async def _find(self, key: str) -> Stored:
         try:

@@ -14,10 +14,11 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -41,7 +42,7 @@ class Object(NamedTuple):
 class Answer(NamedTuple):
     status: int
     body: bytes = b""
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class Refused(Exception):  # noqa: N818 -- an answer, not an error of ours

@@ -55,7 +55,7 @@ def azurite() -> Iterator[int]:
 def _listening_port(process: subprocess.Popen[str], log: Path) -> int | None:
     assert process.poll() is None, log.read_text()
     for line in log.read_text().splitlines():
-        if "listening on http://127.0.0.1:" in line:
+        if "listens on http://127.0.0.1:" in line:
             return int(line.rpartition(":")[2])
     return None
 

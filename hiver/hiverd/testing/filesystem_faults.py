@@ -142,8 +142,8 @@ class FaultSuite:
             await asyncio.wait_for((LOOKS | CHANGES)[call](files), DEADLINE_SECONDS)
         harness.require_no_secret(shown(caught.value) + caplog.text)
 
-    async def test_a_fresh_token_is_fetched(self, files: FileSystem, faults: Faults) -> None:
-        for call in LOOKS | CHANGES:
-            if not faults.expire_token():
-                pytest.skip("there are no tokens that expire")
-            await asyncio.wait_for((LOOKS | CHANGES)[call](files), DEADLINE_SECONDS)
+    @pytest.mark.parametrize("call", [*LOOKS, *CHANGES])
+    async def test_a_fresh_token_is_fetched(self, files: FileSystem, faults: Faults, call: str) -> None:
+        if not faults.expire_token():
+            pytest.skip("there are no tokens that expire")
+        await asyncio.wait_for((LOOKS | CHANGES)[call](files), DEADLINE_SECONDS)

@@ -29,8 +29,6 @@ class GcsFaults(FaultyProxy):
 
 
 class GcsHarness(Harness):
-    # Object names cannot hold line feeds.
-    deviations = frozenset({"no-newlines"})
     many = 120
 
     def __init__(self, bucket: str, service: FakeGcs, proxy: FaultyProxy) -> None:
