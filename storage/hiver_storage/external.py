@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 from urllib.parse import quote, unquote, urlsplit
@@ -108,8 +109,9 @@ class ExternalFileSystem(FileSystem):
             try:
                 if response.status_code not in (200, 206, 416):
                     raise failure(response, path)
-                async for piece in ranged_body(response, offset, size):
-                    yield piece
+                async with aclosing(ranged_body(response, offset, size)) as pieces:
+                    async for piece in pieces:
+                        yield piece
             finally:
                 await response.aclose()
 
@@ -117,8 +119,9 @@ class ExternalFileSystem(FileSystem):
             if (await self.stat(path)).version != known.version:
                 raise OSError(errno.EIO, "the file changed while it was read", path)
 
-        async for piece in read_on(part, still, offset, size):
-            yield piece
+        async with aclosing(read_on(part, still, offset, size)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     # -- changing -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Final
 
@@ -81,7 +81,7 @@ def range_header(offset: int, size: int | None) -> dict[str, str]:
     return headers
 
 
-async def ranged_body(response: httpx.Response, offset: int, size: int | None) -> AsyncIterator[bytes]:
+async def ranged_body(response: httpx.Response, offset: int, size: int | None) -> AsyncGenerator[bytes, None]:
     """The wanted part of an answer, whether the service gave just that (206) or everything (200)."""
     if response.status_code == 416:
         return
@@ -105,7 +105,7 @@ async def read_on(
     still: Callable[[], Awaitable[None]],
     offset: int,
     size: int | None,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """A range, over cut connections. `part(offset, size)` makes one attempt and raises `TransientError`; `still` raises
     if the content is not certainly the one that the read began with. It is asked before and after each part but the
     first, so that what is given is never of two versions."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
@@ -23,11 +23,11 @@ from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.filesystem import FileSystem, Info, VersionConflictError
 
 from ..names import split
-from ..retrying import Locks, Patience, TransientError, collected, error
-from ..web import failure, range_header, ranged_body, read_on, transport_errors
+from ..retrying import Locks, Patience, collected, error
 from .auth import text
 from .graph import Graph
 from .naming import LINK_SUFFIX, Item, decode, encode, info
+from .reading import read
 from .upload import SMALL_BYTES, Condition, Upload
 
 _LINKS_AT_ONCE: Final = 8
@@ -131,7 +131,7 @@ class OneDriveFileSystem(FileSystem):
         """Read once per version."""
         key = link.id, link.version
         if key not in self._targets:
-            data = b"".join([piece async for piece in self._read(_beside(names), "", 0, None)])
+            data = b"".join([piece async for piece in read(self._graph, _beside(names), "", 0, None)])
             while len(self._targets) >= _TARGETS:
                 del self._targets[next(iter(self._targets))]
             self._targets[key] = os.fsdecode(data)
@@ -139,54 +139,9 @@ class OneDriveFileSystem(FileSystem):
 
     async def read(self, path: str, offset: int, size: int | None) -> AsyncIterator[bytes]:
         """Raises FileNotFoundError; EISDIR. A request for the address of the content, and one for the content."""
-        async for piece in self._read(self._names(path), path, offset, size):
-            yield piece
-
-    async def _read(self, names: Names, path: str, offset: int, size: int | None) -> AsyncIterator[bytes]:
-        started: str | None = None
-
-        async def same() -> Item:
-            nonlocal started
-            item = await self._graph.item(names, to_read=True)
-            if item is None:
-                raise error(errno.ENOENT, path)
-            if item.is_dir:
-                raise error(errno.EISDIR, path)
-            started = started or item.version
-            if item.version != started:
-                raise OSError(errno.EIO, "the file changed while it was read", path)
-            return item
-
-        async def part(offset: int, size: int | None) -> AsyncGenerator[bytes, None]:
-            item = await same()
-            if offset >= item.size:
-                return
-            async with aclosing(self._download(item, path, offset, size)) as pieces:
-                async for piece in pieces:
-                    yield piece
-
-        async def still() -> None:
-            await same()
-
-        async for piece in read_on(part, still, offset, size):
-            yield piece
-
-    async def _download(self, item: Item, path: str, offset: int, size: int | None) -> AsyncGenerator[bytes, None]:
-        if item.download_url is None:
-            raise OSError(errno.EACCES, "the item has no content that could be read", path)
-        transfers = self._graph.transfers
-        with transport_errors():
-            request = transfers.build_request("GET", item.download_url, headers=range_header(offset, size))
-            response = await transfers.send(request, stream=True)
-        try:
-            if response.status_code in (401, 403, 404, 410):
-                raise TransientError(errno.EIO, "the address of the content has expired")
-            if response.status_code not in (200, 206, 416):
-                raise failure(response, path)
-            async for piece in ranged_body(response, offset, size):
+        async with aclosing(read(self._graph, self._names(path), path, offset, size)) as pieces:
+            async for piece in pieces:
                 yield piece
-        finally:
-            await response.aclose()
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
@@ -304,11 +259,11 @@ class OneDriveFileSystem(FileSystem):
             if there is not None:
                 await self._require_room(there, to_names, target, moves_directory=item is not None and item.is_dir)
             if item is not None:
-                await self._relocate(item, there, from_names, to_names, target)
+                await self._relocate(item, from_names, to_names, target)
                 if not item.is_dir and not renamed:
                     await self._graph.remove(_beside(to_names))
             elif link is not None:
-                await self._relocate(link, None, _beside(from_names), _beside(to_names), target)
+                await self._relocate(link, _beside(from_names), _beside(to_names), target)
                 if there is not None:
                     await self._graph.remove(to_names)
 
@@ -319,13 +274,13 @@ class OneDriveFileSystem(FileSystem):
             await self._require_empty(names, path)
             await self._graph.remove(names)
 
-    async def _relocate(self, item: Item, there: Item | None, from_names: Names, to_names: Names, path: str) -> None:
+    async def _relocate(self, item: Item, from_names: Names, to_names: Names, path: str) -> None:
         changes: dict[str, Any] = {"name": to_names[-1], "@microsoft.graph.conflictBehavior": "replace"}
         if _folded(from_names[:-1]) != _folded(to_names[:-1]):
             changes["parentReference"] = {"id": (await self._parent(to_names[:-1], path)).id}
         response = await self._graph.change(item, changes, also=(409,))
         if response.status_code == 409:
-            # Ours is the file that was seen; what is there by the name of a link was its older target.
+            # The service does not replace; what is there was seen to be a file, or a link that goes as well.
             await self._graph.remove(to_names)
             await self._graph.change(item, changes)
 
