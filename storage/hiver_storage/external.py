@@ -2,10 +2,10 @@
 
 What the contract leaves open, and what becomes of it here:
 
-- There are no conditional writes. A version is made of a file's time and size; it is compared right before the upload, so
-  a change by others in the moment between is overwritten.
-- There is no making of directories: they exist by what lies in them. One that was made through this mount exists in this
-  process's memory as well, until it is deleted.
+- There are no conditional writes. A version is made of a file's time and size; it is compared right before the
+  upload, so a change by others in the moment between is overwritten.
+- There is no making of directories: they exist by what lies in them. One that was made through this mount exists in
+  this process's memory as well, until it is deleted.
 - A directory is moved file by file, and is in both places until all are.
 - `Range` may be ignored: what comes before the wanted part is then skipped.
 - Names that are no UTF-8 have no place in its JSON: EILSEQ.

@@ -25,8 +25,8 @@ def _never(_: str) -> bool:
 class Names:
     """A one-to-one mapping of all names to those without certain characters and words.
 
-    `always`: characters that may be nowhere; `first` and `last`: not at the start, not at the end. `reserved`: names that
-    are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end.
+    `always`: characters that may be nowhere; `first` and `last`: not at the start, not at the end. `reserved`: names
+    that are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ def _original(char: str) -> str | None:
 
 
 def split(path: str) -> list[str]:
-    """The names of a path of the contract. `OSError` EINVAL for one that is not clean: it could lead out of the mount."""
+    """The names of a path of the contract. `OSError` EINVAL for one that is not clean: it could lead out."""
     if path == "/":
         return []
     start, *names = path.split("/")
-    if start or not all(names) or "." in names or ".." in names or "\0" in path:
+    if start or not names or not all(names) or "." in names or ".." in names or "\0" in path:
         raise OSError(errno.EINVAL, "not a clean absolute path", path)
     return names

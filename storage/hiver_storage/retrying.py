@@ -53,13 +53,13 @@ class Patience:
 
 def pause_seconds(number: int, asked_seconds: float | None = None) -> float:
     """How long to wait after the failure of that number; at least what the service asked for."""
-    grown = min(_FIRST_DELAY_SECONDS * 2**number, _LONGEST_DELAY_SECONDS)
+    grown: float = min(_FIRST_DELAY_SECONDS * 2**number, _LONGEST_DELAY_SECONDS)
     return max(grown * random.uniform(0.5, 1), asked_seconds or 0)  # noqa: S311 -- not a secret
 
 
 async def exactly(content: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
-    """`content` without empty pieces. `OSError` EINVAL if it is not `size` bytes, before the last piece is given, so that
-    a request with less than the whole is never complete."""
+    """`content` without empty pieces. `OSError` EINVAL if it is not `size` bytes, before the last piece is given, so
+    that a request with less than the whole is never complete."""
     held = b""
     total = 0
     async for piece in content:

@@ -119,22 +119,17 @@ class FakeDrive(FakeService):
     # -- the API ------------------------------------------------------------------------------------------------------
 
     def kind(self, call: Call) -> str:
-        path = call.path.removeprefix("/drive/v3/")
-        if call.path == "/token":
-            return "token"
-        if call.path.startswith("/session/"):
-            return "chunk"
-        if call.path.startswith("/upload/"):
+        path = call.path
+        if path.startswith("/upload/"):
             return f"upload {call.query.get('uploadType')}"
-        if path == "files/generateIds":
-            return "ids"
-        if path == "files":
-            return "list" if call.method == "GET" else "create"
-        if "/revisions" in path:
-            return "revisions"
-        if call.query.get("alt") == "media":
+        if call.query.get("alt") == "media" and "/revisions/" not in path:
             return "media"
-        return {"GET": "get", "PATCH": "update", "DELETE": "delete"}.get(call.method, call.method)
+        known = {"/token": "token", "/drive/v3/files/generateIds": "ids", "/drive/v3/files": "list or create"}
+        kind = known.get(path) or ("chunk" if path.startswith("/session/") else None)
+        kind = "revisions" if "/revisions" in path else kind
+        if kind == "list or create":
+            return "list" if call.method == "GET" else "create"
+        return kind or {"GET": "get", "PATCH": "update", "DELETE": "delete"}.get(call.method, call.method)
 
     def refused(self, kind: FailureKind) -> Answer:
         if kind == "429" and self.rate_reason:
@@ -275,16 +270,12 @@ class FakeDrive(FakeService):
     # -- uploads ------------------------------------------------------------------------------------------------------
 
     def _multipart(self, call: Call) -> Answer:
-        message = BytesParser().parsebytes(
-            b"Content-Type: " + call.headers["content-type"].encode() + b"\n\n" + call.body
-        )
-        metadata, media = message.get_payload()  # type: ignore[misc]
         boundary = b"--" + re.findall('boundary="([^"]*)"', call.headers["content-type"])[0].encode()
-        data = call.body.split(boundary)[2].partition(b"\n\n")[2].removesuffix(b"\n")
+        metadata, media = (part.partition(b"\n\n") for part in call.body.split(boundary)[1:3])
+        data = media[2].removesuffix(b"\n")
         assert len(data) <= 5 << 20, "too much for one request"
-        body = json.loads(metadata.get_payload(decode=True))  # type: ignore[union-attr, arg-type]
-        content = data, media.get_content_type()  # type: ignore[union-attr]
-        return (self._create if call.method == "POST" else self._update)(call, body, content)
+        content = data, BytesParser().parsebytes(media[0].strip()).get_content_type()
+        return (self._create if call.method == "POST" else self._update)(call, json.loads(metadata[2]), content)
 
     def _open_session(self, call: Call) -> Answer:
         if call.method == "PATCH" and self._find(call) is None:
@@ -313,8 +304,9 @@ class FakeDrive(FakeService):
             return Answer(308, b"", headers)
         opened: Call = session["call"]
         content = session["data"], opened.headers.get("x-upload-content-type", "")
-        session["done"] = (self._create if opened.method == "POST" else self._update)(opened, opened.json(), content)
-        return session["done"]
+        finish = self._create if opened.method == "POST" else self._update
+        answer = session["done"] = finish(opened, opened.json(), content)
+        return answer
 
     def _new_id(self) -> str:
         return f"1fileId_{next(self._numbers):06}-x"

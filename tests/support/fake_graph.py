@@ -1,7 +1,8 @@
 """Microsoft Graph's drives as far as a file system needs them, and Microsoft's token service, on loopback.
 
-Refuses what OneDrive refuses: names that it does not take, requests without a valid token, and requests to the addresses
-that it gave for content if they do bring one. Those addresses are of another host name. Names are compared without case.
+Refuses what OneDrive refuses: names that it does not take, requests without a valid token, and requests to the
+addresses that it gave for content if they do bring one. Those addresses are of another host name. Names are compared
+without case.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from hiverd.testing.filesystem import FailureKind
 from support.fake_http import Answer, Call, FakeService, json_answer, ranged_answer
 
 _REFUSED: Final = re.compile(
-    r'["*:<>?/\\|\x00-\x1f\x7f]|^ |[ .]\Z|^(con|prn|aux|nul|com\d|lpt\d|\.lock|desktop\.ini)\Z|^~\$|_vti_', re.IGNORECASE
+    r'["*:<>?/\\|\x00-\x1f\x7f]|^ |[ .]\Z|^(con|prn|aux|nul|com\d|lpt\d|\.lock|desktop\.ini)\Z|^~\$|_vti_',
+    re.IGNORECASE,
 )
 _BEHAVIOR: Final = "@microsoft.graph.conflictBehavior"
 
@@ -145,9 +147,7 @@ class FakeGraph(FakeService):
             return json_answer(400, {"error": "invalid_grant", "error_description": "AADSTS70000"})
         token = self.new_token()
         self.refresh_tokens = {f"refresh-{self.tokens}"}  # each is good once
-        return json_answer(
-            200, {"access_token": token, "refresh_token": f"refresh-{self.tokens}", "expires_in": 3599}
-        )
+        return json_answer(200, {"access_token": token, "refresh_token": f"refresh-{self.tokens}", "expires_in": 3599})
 
     def _graph(self, call: Call) -> Answer:
         if not call.target.startswith(f"/v1.0{self.drive}/"):
@@ -325,5 +325,3 @@ class FakeGraph(FakeService):
     @property
     def open_sessions(self) -> int:
         return len(self._sessions)
-
-

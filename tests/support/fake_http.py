@@ -102,7 +102,7 @@ class FakeService(SocketUpstream, Faults):
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 service._respond(self, Call(self.command, split.path, query, headers, body))
 
-            def log_message(self, format: str, *args: Any) -> None:
+            def log_message(self, *_: object) -> None:
                 pass
 
         super().__init__(lambda connection: _handle(Handler, connection))

@@ -2,12 +2,12 @@
 
 What a mount shows is told in `entries`. Beyond that:
 
-- `gdrive_folder_id` is the root of the mount (a shared drive's id works too), `gdrive_prefix` a path below it that is made
-  when something is first written.
+- `gdrive_folder_id` is the root of the mount (a shared drive's id works too), `gdrive_prefix` a path below it that is
+  made when something is first written.
 - Deleting moves to the drive's trash, where the owner finds it. What lies in the trash is not shown.
-- Drive has no conditional writes. The version is compared right before the content goes (of large content, before its last
-  chunk); what others write in the moment between is found among the revisions afterwards, made current again, and
-  reported as a conflict. Of two files that are made at once, the later one goes.
+- Drive has no conditional writes. The version is compared right before the content goes (of large content, before its
+  last chunk); what others write in the moment between is found among the revisions afterwards, made current again, and
+  reported as a conflict. Of two files that are made at once, the later one goes. For that moment, readers see ours.
 - A repeated request makes nothing twice: ids of new files are chosen beforehand.
 - Ids are cached; what others rename or replace is seen by `stat` and listings at once, by reads after some seconds, and
   folders that others move, after half a minute.
@@ -18,14 +18,14 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, ClassVar, Final
 
+from hiver_storage.names import split
+from hiver_storage.retrying import Locks, Patience, collected, error
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.filesystem import FileSystem, Info, VersionConflictError
 
-from ..names import split
-from ..retrying import Locks, Patience, collected, error
 from .auth import Auth, text
 from .entries import Entry, info, link_properties, to_drive
 from .reading import read
@@ -90,15 +90,20 @@ class GDriveFileSystem(FileSystem):
     async def read(self, path: str, offset: int, size: int | None) -> AsyncIterator[bytes]:
         """Raises FileNotFoundError; EISDIR, EINVAL for what is no file."""
         names = self._path(path)
-        entry = _existing(await self._tree.find(names, fresh=False), path)
-        try:
-            async for piece in read(self._service, self._tree, entry, path, offset, size):
-                yield piece
-        except FileNotFoundError:  # replaced by another since we looked; nothing was given
-            self._tree.forget(names)
-            entry = _existing(await self._tree.find(names), path)
-            async for piece in read(self._service, self._tree, entry, path, offset, size):
-                yield piece
+        given = False
+        for fresh in (False, True):
+            entry = _existing(await self._tree.find(names, fresh=fresh), path)
+            try:
+                async with aclosing(read(self._service, self._tree, entry, path, offset, size)) as pieces:
+                    async for piece in pieces:
+                        given = True
+                        yield piece
+            except FileNotFoundError:  # removed or replaced since we looked
+                self._tree.forget(names)
+                if fresh or given:
+                    raise OSError(errno.EIO if given else errno.ENOENT, "the file has gone", path) from None
+            else:
+                return
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
@@ -205,8 +210,8 @@ class GDriveFileSystem(FileSystem):
             )
 
     async def move(self, source: str, target: str) -> None:
-        """One request, and another one that puts what was at `target` into the trash: for a moment there are two of that
-        name."""
+        """One request, and another one that puts what was at `target` into the trash: for a moment there are two of
+        that name."""
         from_path, to_path = self._path(source, changing=True), self._path(target, changing=True)
         async with self._locks(from_path, to_path):
             entry = _existing(await self._tree.find(from_path), source)

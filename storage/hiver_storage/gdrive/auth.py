@@ -17,9 +17,8 @@ from oauth2client.client import AccessTokenRefreshError, OAuth2Credentials
 from oauth2client.service_account import ServiceAccountCredentials
 from pydrive2.auth import GoogleAuth
 
+from hiver_storage.retrying import TransientError
 from hiverd.contracts.errors import InvalidError
-
-from ..retrying import TransientError
 
 _SCOPE: Final = "https://www.googleapis.com/auth/drive"
 _TIMEOUT_SECONDS: Final = 60

@@ -2,11 +2,11 @@
 
 Drive knows files by id. A folder may hold several of one name, and a name may hold anything. A mount shows
 
-- each file once: of several with one name the one made last has it, the others are `name (id).ext`, and so is every file
-  whose name has more than 255 bytes;
+- each file once: of several with one name the one made last has it, the others are `name (id).ext`, and so is every
+  file whose name has more than 255 bytes (a rule that denies `name` should deny `name (*` as well);
 - a slash (and NUL, and the names `.` and `..`) as told in `hiver_storage.names`;
-- documents of Google's own (`application/vnd.google-apps.*`), which have no bytes, and shortcuts as small read-only JSON
-  files that say where the document is (`Plan.gdoc`), as Drive for desktop does;
+- documents of Google's own (`application/vnd.google-apps.*`), which have no bytes, and shortcuts as small read-only
+  JSON files that say where the document is (`Plan.gdoc`), as Drive for desktop does;
 - symbolic links, which are empty files with the target in their `properties`. Those are seen by every program that uses
   the drive; `appProperties` would be hidden from a mount with another OAuth client.
 """
@@ -22,9 +22,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from hiver_storage.names import UNDECODABLE, Names
 from hiverd.contracts.filesystem import Info
-
-from ..names import UNDECODABLE, Names
 
 FOLDER: Final = "application/vnd.google-apps.folder"
 FIELDS: Final = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Final
 
-from ..retrying import PIECE_BYTES, error
+from hiver_storage.retrying import PIECE_BYTES, error
+
 from .entries import Entry
 from .service import RangeError, Service
 from .tree import SHARED, Tree
@@ -17,25 +20,31 @@ _RANGE_BYTES: Final = 8 << 20
 
 async def read(
     service: Service, tree: Tree, entry: Entry, path: str, offset: int, size: int | None
-) -> AsyncIterator[bytes]:
-    """A file of one range costs one request. Of more, each is given only when the file is known to be the same still."""
+) -> AsyncGenerator[bytes, None]:
+    """What fits into one range costs one request. Of more, each is given only when the file is known to be the same."""
     if entry.is_dir:
         raise error(errno.EISDIR, path)
     if entry.link is not None:
         raise OSError(errno.EINVAL, "a link has no content", path)
+    end = None if size is None else offset + size
     if entry.body is not None:
-        data = entry.body[offset:] if size is None else entry.body[offset : offset + size]
-        if data:
+        if data := entry.body[offset:end]:
             yield data
         return
-    end = None if size is None else offset + size
+    async with aclosing(_ranges(service, tree, entry, path, offset, end)) as ranges:
+        async for data in ranges:
+            for start in range(0, len(data), PIECE_BYTES):
+                yield data[start : start + PIECE_BYTES]
+
+
+async def _ranges(
+    service: Service, tree: Tree, entry: Entry, path: str, offset: int, end: int | None
+) -> AsyncGenerator[bytes, None]:
     started: str | None = None
-    if entry.size - offset > _RANGE_BYTES and (size is None or size > _RANGE_BYTES):
+    if min(entry.size, entry.size if end is None else end) - offset > _RANGE_BYTES:
         started = await _version(tree, entry)
     while end is None or offset < end:
-        data, total = await _range(
-            service, entry, offset, _RANGE_BYTES if end is None else min(end - offset, _RANGE_BYTES)
-        )
+        data, total = await _range(service, entry, offset, min(_RANGE_BYTES, (end or sys.maxsize) - offset))
         after = offset + len(data)
         is_last = not data or after >= total or after == end
         if started is None and not is_last:
@@ -43,8 +52,7 @@ async def read(
             continue
         if started is not None and await _version(tree, entry) != started:
             raise OSError(errno.EIO, "the file changed while it was read", path)
-        for start in range(0, len(data), PIECE_BYTES):
-            yield data[start : start + PIECE_BYTES]
+        yield data
         if is_last:
             return
         offset = after

@@ -25,7 +25,8 @@ from googleapiclient.errors import Error as ApiError
 from googleapiclient.errors import HttpError
 from oauth2client import GOOGLE_TOKEN_URI
 
-from ..retrying import Patience, TransientError
+from hiver_storage.retrying import Patience, TransientError
+
 from .auth import Auth, AuthorizedHttp
 
 T = TypeVar("T")

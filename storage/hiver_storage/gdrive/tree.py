@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from ..retrying import Locks, error
+from hiver_storage.retrying import Locks, error
+
 from .entries import FIELDS, FOLDER, Entry, by_shown_name, drive_names, id_in_name, parse, to_drive
 from .service import Service
 

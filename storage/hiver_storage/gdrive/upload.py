@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from googleapiclient.http import MediaInMemoryUpload, MediaUpload
 
-from ..retrying import Patience, TransientError, in_blocks
+from hiver_storage.retrying import Patience, TransientError, in_blocks
+
 from .entries import FIELDS, Entry, parse
 from .service import Service
 from .tree import SHARED

@@ -4,8 +4,8 @@ What a mount shows is told in `naming`. Beyond that:
 
 - Names that differ only in case mean the same item.
 - Deleting moves to the recycle bin.
-- Writes are conditional by the service: `If-Match` with the item's eTag, or `fail` where nothing is expected. A link lies
-  beside its name, so it is looked for right before instead.
+- Writes are conditional by the service: `If-Match` with the item's eTag, or `fail` where nothing is expected. A link
+  lies beside its name, so it is looked for right before instead.
 - A move onto a file asks the service to replace it; where it does not, the file goes to the recycle bin just before.
 """
 
@@ -19,11 +19,11 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
+from hiver_storage.names import split
+from hiver_storage.retrying import Locks, Patience, collected, error
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.filesystem import FileSystem, Info, VersionConflictError
 
-from ..names import split
-from ..retrying import Locks, Patience, collected, error
 from .auth import text
 from .graph import Graph
 from .naming import LINK_SUFFIX, Item, decode, encode, info

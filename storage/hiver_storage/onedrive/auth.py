@@ -12,10 +12,9 @@ from typing import Any
 
 import httpx
 
+from hiver_storage.retrying import TransientError
+from hiver_storage.web import failure, transport_errors
 from hiverd.contracts.errors import InvalidError
-
-from ..retrying import TransientError
-from ..web import failure, transport_errors
 
 
 class Tokens:
@@ -30,9 +29,7 @@ class Tokens:
         if not re.fullmatch(r"[A-Za-z0-9.-]+", tenant):
             raise InvalidError("onedrive_tenant must be a name or an id", field="onedrive_tenant")
         if not self._access and not self._refresh:
-            raise InvalidError(
-                "backend onedrive: onedrive_access_token is required", field="onedrive_access_token"
-            )
+            raise InvalidError("backend onedrive: onedrive_access_token is required", field="onedrive_access_token")
         if self._refresh and not self._client:
             raise InvalidError(
                 "backend onedrive: onedrive_client_id is required with onedrive_refresh_token",
@@ -62,7 +59,9 @@ class Tokens:
 
     async def _renew(self, client: httpx.AsyncClient) -> None:
         if not self._refresh:
-            raise PermissionError(errno.EACCES, "OneDrive refuses the access token, and there is none to refresh it with")
+            raise PermissionError(
+                errno.EACCES, "OneDrive refuses the access token, and there is none to refresh it with"
+            )
         form = {"grant_type": "refresh_token", "client_id": self._client, "refresh_token": self._refresh}
         if self._secret:
             form["client_secret"] = self._secret

@@ -18,10 +18,10 @@ from typing import Any, Final
 
 import httpx
 
+from hiver_storage.retrying import Patience, TransientError
+from hiver_storage.web import CONNECTIONS, failure, make_client, transport_errors
 from hiverd.contracts.errors import InvalidError
 
-from ..retrying import Patience, TransientError
-from ..web import CONNECTIONS, failure, make_client, transport_errors
 from .auth import Tokens, text
 from .naming import SELECT, Item, parse, quoted
 

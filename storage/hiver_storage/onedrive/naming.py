@@ -1,8 +1,8 @@
 """What OneDrive's items look like in a mount. Pure.
 
 - Characters and words that OneDrive does not take in names are mapped one to one, as told in `hiver_storage.names`.
-- A symbolic link `name` is a file `name.symlink` that holds the target (PROTOCOL 6.4). It is not shown itself; if there is
-  a file or folder `name` as well, that one is shown. A mount's own name that ends so gets another end in OneDrive.
+- A symbolic link `name` is a file `name.symlink` that holds the target (PROTOCOL 6.4). It is not shown itself; if there
+  is a file or folder `name` as well, that one is shown. A mount's own name that ends so gets another end in OneDrive.
 - Folders whose name ends so, and files too large to hold a target, are not shown.
 - Notebooks, and folders of other people that were added to the drive, are shown as files without content.
 """
@@ -18,14 +18,15 @@ from urllib.parse import quote
 
 from msgspec import Struct
 
+from hiver_storage.names import CONTROLS, UNDECODABLE, Names
 from hiverd.contracts.filesystem import Info
-
-from ..names import CONTROLS, UNDECODABLE, Names
 
 LINK_SUFFIX: Final = ".symlink"
 LINK_BYTES: Final = 16 << 10
 """More than a path's 4095 bytes; whatever is larger is no link."""
-_WORDS: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9]|\.lock|desktop\.ini)\Z|~\$|.*_vti_", re.IGNORECASE | re.DOTALL)
+_WORDS: Final = re.compile(
+    r"(con|prn|aux|nul|com[0-9]|lpt[0-9]|\.lock|desktop\.ini)\Z|~\$|.*_vti_", re.IGNORECASE | re.DOTALL
+)
 
 SELECT: Final = "id,name,size,eTag,cTag,lastModifiedDateTime,file,folder"
 

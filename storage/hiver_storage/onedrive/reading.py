@@ -6,8 +6,9 @@ import errno
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from ..retrying import TransientError, error
-from ..web import failure, range_header, ranged_body, read_on, transport_errors
+from hiver_storage.retrying import TransientError, error
+from hiver_storage.web import failure, range_header, ranged_body, read_on, transport_errors
+
 from .graph import Graph
 from .naming import Item
 

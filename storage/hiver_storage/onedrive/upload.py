@@ -11,10 +11,10 @@ from typing import Any, Final
 import httpx
 from msgspec import Struct
 
+from hiver_storage.retrying import TransientError, error, in_blocks
+from hiver_storage.web import failure
 from hiverd.contracts.filesystem import VersionConflictError
 
-from ..retrying import TransientError, error, in_blocks
-from ..web import failure
 from .graph import Graph, body
 from .naming import Item, parse
 
