@@ -9,6 +9,7 @@ name already, quotes in front of it tell which of the two is meant.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -26,7 +27,8 @@ class Names:
     """A one-to-one mapping of all names to those without certain characters and words.
 
     `always`: characters that may be nowhere; `first` and `last`: not at the start, not at the end. `reserved`: names
-    that are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end.
+    that are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end. `inside`: the halves of a word
+    that may be nowhere, in any case of letters; it gets a quote in the middle.
     """
 
     def __init__(
@@ -37,12 +39,16 @@ class Names:
         last: str = "",
         reserved: Callable[[str], bool] = _never,
         reserved_end: Callable[[str], bool] = _never,
+        inside: tuple[str, str] | None = None,
     ) -> None:
         self._always = frozenset(always)
         self._first = frozenset(first)
         self._last = frozenset(last)
         self._reserved = reserved
         self._reserved_end = reserved_end
+        # The second half is only looked at: it may begin the next such word.
+        pattern = "({})({}*)(?={})".format(re.escape(inside[0]), QUOTE, re.escape(inside[1])) if inside else "(?!)"
+        self._inside = re.compile(pattern, re.IGNORECASE)
 
     def encode(self, name: str) -> str:
         """Any name -> one that is allowed."""
@@ -50,11 +56,13 @@ class Names:
             name = QUOTE + name
         if self._reserved_end(name.rstrip(QUOTE)):
             name += QUOTE
+        name = self._inside.sub(lambda found: found[0] + QUOTE, name)
         return self._map(name, self._encode_one)
 
     def decode(self, name: str) -> str:
         """The inverse of `encode`."""
         name = self._map(name, self._decode_one)
+        name = self._inside.sub(lambda found: found[0].removesuffix(QUOTE), name)
         if name.endswith(QUOTE) and self._reserved_end(name.rstrip(QUOTE)):
             name = name[:-1]
         if name.startswith(QUOTE) and self._reserved(name.lstrip(QUOTE)):

@@ -24,9 +24,7 @@ from hiverd.contracts.filesystem import Info
 LINK_SUFFIX: Final = ".symlink"
 LINK_BYTES: Final = 16 << 10
 """More than a path's 4095 bytes; whatever is larger is no link."""
-_WORDS: Final = re.compile(
-    r"(con|prn|aux|nul|com[0-9]|lpt[0-9]|\.lock|desktop\.ini)\Z|~\$|.*_vti_", re.IGNORECASE | re.DOTALL
-)
+_WORDS: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9]|\.lock|desktop\.ini)\Z|~\$", re.IGNORECASE)
 
 SELECT: Final = "id,name,size,eTag,cTag,lastModifiedDateTime,file,folder"
 
@@ -35,6 +33,7 @@ _names = Names(
     first=" ",
     last=" .",
     reserved=lambda name: _WORDS.match(name) is not None,
+    inside=("_v", "ti_"),
     reserved_end=lambda name: name.casefold().endswith(LINK_SUFFIX),
 )
 

@@ -46,6 +46,7 @@ def is_link(name: str) -> bool:
 @example("a.symlink" + QUOTE)
 @example(QUOTE + "con")
 @example("...")
+@example("_vti_vti_VTI_")
 def test_any_name_has_one_in_onedrive(name: str) -> None:
     (made,) = onedrive.encode([name])
     assert onedrive.decode(made) == name

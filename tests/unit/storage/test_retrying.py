@@ -17,9 +17,14 @@ async def source(*pieces: bytes) -> AsyncIterator[bytes]:
 @pytest.mark.parametrize("size", [0, 9, 11])
 async def test_a_wrong_size_is_told_before_the_end_is_given(size: int) -> None:
     given = b""
-    with pytest.raises(OSError, match="size") as caught:
+
+    async def take() -> None:
+        nonlocal given
         async for piece in exactly(source(b"01234", b"", b"56789"), size):
             given += piece
+
+    with pytest.raises(OSError, match="size") as caught:
+        await take()
     assert caught.value.errno == errno.EINVAL
     assert len(given) < max(size, 1)
 
