@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from bench import egress, measures, trees
+from bench import buckets, egress, measures, trees
 from bench.bare import BareRuntime
 from bench.report import Row, table, write_json
 from support.leaks import marks_of, wait_until_clean
@@ -60,6 +60,7 @@ def main() -> int:
             "start": lambda: measures.start_up(folder),
             "memory": lambda: measures.memory(folder),
             "egress": lambda: egress.measure(folder),
+            "buckets": buckets.measure,
         }
         with_server: dict[str, Callable[[], list[Row]]] = {
             "create": lambda: measures.create_to_first_exec(server, runtime),
