@@ -26,10 +26,12 @@ setup-tests:
 
 test: setup-tests ## run all tests: unit, contract (published clients) and system (real sandboxes)
 	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.clients
+	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.object_services
 	@exec $(PYTEST) tests
 
 test-fast: setup-tests ## the same without the tests that take minutes
 	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.clients
+	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.object_services
 	@exec $(PYTEST) -m "not slow" tests
 
 test-clients: setup-tests ## the contract tests with every published release of the client

@@ -73,7 +73,9 @@ def of_connection(error: BaseException) -> OSError:
 
 def of_transport(error: Exception) -> OSError | None:
     """What all the libraries let through: errors of aiohttp and the system, and the contract's own."""
-    if isinstance(error, aiohttp.ClientError | TimeoutError | ConnectionError):
+    if isinstance(error, aiohttp.ClientError):
+        return of_connection(error)
+    if isinstance(error, TimeoutError | ConnectionError) and error.errno not in TRANSIENT:
         return of_connection(error)
     return error if isinstance(error, OSError) and error.errno is not None else None
 

@@ -22,6 +22,7 @@ from hiver_storage.failures import TRANSIENT, Patience, of_connection, of_status
 from hiver_storage.gcs import GcsFileSystem
 from hiver_storage.keys import Keys, decode_target, encode_target
 from hiver_storage.names import Names
+from hiver_storage.object_store import Body
 from hiver_storage.ordering import Once
 from hiver_storage.s3 import S3FileSystem
 from hiverd import plugins
@@ -285,3 +286,31 @@ async def test_nothing_is_begun_again_after_the_deadline() -> None:
     with pytest.raises(OSError, match="503"):
         await persist(Patience(first_seconds=1, deadline_seconds=0.1), itself, call)
     assert tries == 1
+
+
+class ShortBody(Body):
+    """Ends two bytes early, as of a library that does not notice a cut connection."""
+
+    version = "1"
+    size = 10
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        yield b"12345678"
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_an_answer_that_is_short_is_never_taken_for_the_whole() -> None:
+    files = S3FileSystem({"mount": "/data", **S3})
+    files.patience = QUICK
+    asked = []
+
+    async def fetch(key: str, offset: int, size: int | None, version: str | None) -> Body:
+        asked.append((offset, size, version))
+        return ShortBody()
+
+    files.store.fetch = fetch  # type: ignore[method-assign]
+    reading = files.read("/file", 3, None)
+    assert [await anext(reading), await anext(reading)] == [b"12345678"] * 2
+    assert asked == [(3, None, None), (11, None, "1")]
