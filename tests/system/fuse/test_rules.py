@@ -220,7 +220,7 @@ def test_rules_that_open_up_show_what_was_hidden(governed: FuseFixture) -> None:
 def test_working_directories_survive_a_change(mount: MakeMount, folder: Path) -> None:
     governed = mount([("/**", "rw")], folder=folder)
     with subprocess.Popen(
-        ["/bin/sh", "-c", "echo in; read x; cat a; pwd -P"],
+        ["/bin/sh", "-c", "echo in; read x; cat a; exec /usr/bin/python3 -c 'import os; print(os.getcwd())'"],
         cwd=governed.path / "src",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
