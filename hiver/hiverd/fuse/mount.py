@@ -168,9 +168,9 @@ class FuseMount:
         self._directories.close()
 
     def _settle(self) -> None:
-        """Waits for the answers that may have been judged by the rules of before: the kernel must have them, or it would
-        remember them after it was told to forget. One that waits for a backend is not waited for long: what is behind
-        a backend is believed for a second only."""
+        """Waits for the answers that may have been judged by the rules of before: the kernel must have them, or it
+        would remember them after it was told to forget. One that waits for a backend is not waited for long: what is
+        behind a backend is believed for a second only."""
         deadline_monotonic = time.monotonic() + _SETTLE_SECONDS
         for caller in self._callers:
             turn = caller.turn
