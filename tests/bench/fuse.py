@@ -81,8 +81,13 @@ def _archive(folder: Path) -> Path:
 
 def _tree(at: Path, archive: Path) -> Figures:
     tree = at / "tree"
-    grep = lambda: _run("grep", "-r", "such-text-is-nowhere", tree, expect=1)  # noqa: E731
-    find = lambda: _run("find", tree, "-type", "f", "-size", "+0")  # noqa: E731
+
+    def grep() -> None:
+        _run("grep", "-r", "such-text-is-nowhere", tree, expect=1)
+
+    def find() -> None:
+        _run("find", tree, "-type", "f", "-size", "+0")
+
     figures = {"unpack": _seconds(lambda: _run("tar", "-C", at, "-xf", archive))}
     grep()
     find()

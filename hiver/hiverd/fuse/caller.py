@@ -8,7 +8,7 @@ from hiverd.fuse import abi, syscalls
 class Caller:
     """One per serving thread, used for one request after the other. Not shared between threads."""
 
-    __slots__ = ("_acting_as", "gid", "pid", "since", "space", "uid")
+    __slots__ = ("_acting_as", "gid", "pid", "since", "space", "turn", "uid")
 
     def __init__(self) -> None:
         self.uid = 0
@@ -18,6 +18,8 @@ class Caller:
         """Its thread, as the host knows it; 0 if there is none, as for the pages of a mapping."""
         self.since = 0
         """As `hiverd.fuse.descriptors.Using` says."""
+        self.turn = 0
+        """Odd from when a request is read until the kernel has its answer."""
         self.space = memoryview(bytearray(abi.MAX_REQUEST_BYTES))
         """For the payload of an answer; overwritten by the next request."""
         self._acting_as: tuple[int, int] | None = None

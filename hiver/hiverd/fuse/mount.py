@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,8 @@ CONTENT_THREADS: Final = 32
 """With a backend most requests wait for it."""
 _READAHEAD_KIB: Final = abi.MAX_REQUEST_BYTES // 1024
 _MNT_FORCE: Final = 1
+_SETTLE_SECONDS: Final = 5.0
+_SETTLE_POLL_SECONDS: Final = 0.0005
 
 
 class FuseMount:
@@ -112,9 +115,11 @@ class FuseMount:
         Not to be called by the threads that serve, nor by one that they may wait for.
         """
         with self._changing:
-            before = [(node, node.access) for node in self._tree.all_nodes()]
+            before = {node.id: node.access for node in self._tree.all_nodes()}
             self._tree.set_rules(rules)
-            self._forget([node for node, access in before if self._tree.fresh(node).access != access])
+            self._settle()
+            nodes = self._tree.all_nodes()
+            self._forget([node for node in nodes if self._tree.fresh(node).access != before.get(node.id)])
 
     def invalidate(self, path: str) -> None:
         """What the kernel knows of `path` (relative to the mount) is no longer so: it asks again, also for pages."""
@@ -161,6 +166,16 @@ class FuseMount:
             os.close(self._fd)
         self._dispatcher.close()
         self._directories.close()
+
+    def _settle(self) -> None:
+        """Waits for the answers that may have been judged by the rules of before: the kernel must have them, or it
+        would remember them after it was told to forget. One that waits for a backend is not waited for long: what is
+        behind a backend is believed for a second only."""
+        deadline_monotonic = time.monotonic() + _SETTLE_SECONDS
+        for caller in self._callers:
+            turn = caller.turn
+            while turn % 2 and caller.turn == turn and time.monotonic() < deadline_monotonic:
+                time.sleep(_SETTLE_POLL_SECONDS)
 
     def _forget(self, nodes: list[Node]) -> None:
         for node in nodes:
@@ -211,9 +226,11 @@ class FuseMount:
             if buffer[abi.OPERATION_BYTE] in SLOW:
                 self._aside.serve(view[:size].tobytes())
                 continue
+            caller.turn += 1
             answered = answer(caller, view[:size])
             if answered is not None:
                 send(fd, answered)
+            caller.turn += 1
 
 
 def _read_ahead(mountpoint: str) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from hiverd.files.acl import Access
 from support.fuse_mount import FuseFixture, RuleList
 
 MakeMount = Callable[..., FuseFixture]
+RULES: list[tuple[str, Access]] = [("/**", "rw"), ("/docs/**", "ro"), ("/secret/**", "deny"), ("**/.env", "deny")]
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +37,18 @@ def mount(tmp_path: Path) -> Iterator[MakeMount]:
         yield make
     left = [line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {tmp_path}/" in line]
     assert not left
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    for directory in ("src", "docs", "secret/deep", "src/app"):
+        (folder / directory).mkdir(parents=True)
+    for name in ("src/a", "docs/b", "secret/c", "secret/deep/d", "src/app/.env", ".env"):
+        (folder / name).write_text(f"content of {name}")
+    return folder
+
+
+@pytest.fixture
+def governed(mount: MakeMount, folder: Path) -> FuseFixture:
+    return mount(RULES, folder=folder)

@@ -9,7 +9,8 @@ import pytest
 
 from support.server import REPOSITORY
 from system.fuse.conftest import MakeMount
-from system.fuse.scenarios import DEVIATIONS, SCENARIOS, Scenario
+from system.fuse.deviations import DEVIATIONS
+from system.fuse.scenarios import SCENARIOS, Scenario
 
 
 @pytest.mark.parametrize("options", [{}, {"shared": True, "threads": 4}], ids=["owned", "shared"])

@@ -106,10 +106,29 @@ def test_a_directory_that_became_a_link_is_not_followed(kernel: MakeKernel, tmp_
     (folder / "d").rmdir()
     (folder / "d").symlink_to(tmp_path / "outside")
     assert one.error(abi.LOOKUP, directory, b"f\0") == "ENOTDIR"
-    (folder / "d").unlink()
+    assert (tmp_path / "outside" / "f").exists()
+
+
+def test_a_directory_that_became_another_is_not_taken_for_it(kernel: MakeKernel, tmp_path: Path) -> None:
+    one = kernel()
+    folder = tmp_path / "folder"
+    (folder / "d").mkdir()
+    directory = one.walk("d")
+    (folder / "d").rename(folder / "moved")
     (folder / "d").mkdir()
     (folder / "d" / "f").write_text("another directory")
-    assert one.error(abi.LOOKUP, directory, b"f\0") in {"ESTALE", None}
+    assert one.error(abi.LOOKUP, directory, b"f\0") == "ESTALE"
+
+
+def test_what_is_below_a_renamed_directory_has_its_new_path(kernel: MakeKernel, tmp_path: Path) -> None:
+    one = kernel([("/**", "rw"), ("/x", "deny")])
+    (tmp_path / "folder" / "a" / "b").mkdir(parents=True)
+    directory = one.walk("a/b")
+    _node, handle = one.create(directory, "f")
+    one.rename(abi.ROOT_ID, "a", abi.ROOT_ID, "z")
+    one.write(handle, b"x")
+    one.ask(abi.MKDIR, directory, abi.MKDIR_IN.pack(0o755, 0) + b"d\0")
+    assert [(event.path, event.operation) for event in one.events[-2:]] == [("/z/b/f", "write"), ("/z/b/d", "write")]
 
 
 def test_versions(kernel: MakeKernel) -> None:
