@@ -275,12 +275,13 @@ async def test_a_server_that_is_killed(make_server: MakeServer) -> None:
 
 
 async def test_plain_volumes_are_not_watched(make_server: MakeServer) -> None:
-    """A mark on the host's file system would tell about all of it."""
+    """A mark on the host's file system would tell about all of it, so their mounts are governed."""
     server = make_server(config='[files]\nvolume = "plain"\n[images]\n"hiversh/python:3.13-alpine" = "host"\n')
     server.start()
     async with connected(server) as http:
         agent = await Agent.create(http, "plain")
-        assert await agent.after("echo x > /workspace/f") == []
+        assert await agent.after("echo x > /workspace/f") == [("write", "/workspace/f")]
+        assert marked(server) == 0
 
 
 FLOOD = """
