@@ -75,6 +75,10 @@ class Caller:
         assert isinstance(document, dict)
         return document
 
+    def settle(self, sandbox: str) -> None:
+        """Waits until everything that has happened in the sandbox is on record."""
+        self._send("GET", f"{sandbox}/events?follow=false&lastEventId={10**15}").read()
+
     def remove(self, sandbox: str) -> None:
         self.call("DELETE", sandbox)
 

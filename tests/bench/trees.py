@@ -49,6 +49,7 @@ def measure(server: Server, runtime: BareRuntime) -> list[Row]:
                 script = timed(command.format(n=number))
                 theirs[name].append(_milliseconds(_bare(runtime, container, script)))
                 ours[name].append(_milliseconds(str(caller.exec(sandbox, script)["stdout"])))
+                caller.settle(sandbox)  # which must not weigh on the other side
         caller.remove(sandbox)
     runtime.remove(container)
     return [_row(name, ours[name], theirs[name]) for name in STEPS]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -206,13 +207,27 @@ async def _apply(http: httpx.AsyncClient, agent: Agent, config: dict[str, object
     assert "error" not in answer.json(), answer.text
 
 
-async def test_the_filter_is_followed(http: httpx.AsyncClient, new_key: Made) -> None:
+def marked(server: Server) -> int:
+    """How many file systems the server watches (proc_pid_fdinfo(5))."""
+    count = 0
+    for info in Path(f"/proc/{server.pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            count += sum(line.startswith("fanotify sdev:") for line in info.read_text().splitlines())
+    return count
+
+
+async def test_the_filter_is_followed(server: Server, http: httpx.AsyncClient, new_key: Made) -> None:
+    """What nobody wants to know costs nothing: there is no mark."""
+    before = marked(server)
     agent = await Agent.create(http, new_key(), events=["stdio"])
     assert await agent.after("echo x > /workspace/f") == []
+    assert marked(server) == before
     await _apply(http, agent, {"events": ["fs.request", "fs.response"]})
     assert await agent.after("echo x > /workspace/f") == [("write", "/workspace/f")]
+    assert marked(server) == before + 1
     await _apply(http, agent, {"events": ["stdio"]})
     assert await agent.after("echo x > /workspace/f") == []
+    assert marked(server) == before
 
 
 async def test_mounts_that_come_and_go(http: httpx.AsyncClient, new_key: Made) -> None:
@@ -260,12 +275,13 @@ async def test_a_server_that_is_killed(make_server: MakeServer) -> None:
 
 
 async def test_plain_volumes_are_not_watched(make_server: MakeServer) -> None:
-    """A mark on the host's file system would tell about all of it."""
+    """A mark on the host's file system would tell about all of it, so their mounts are governed."""
     server = make_server(config='[files]\nvolume = "plain"\n[images]\n"hiversh/python:3.13-alpine" = "host"\n')
     server.start()
     async with connected(server) as http:
         agent = await Agent.create(http, "plain")
-        assert await agent.after("echo x > /workspace/f") == []
+        assert await agent.after("echo x > /workspace/f") == [("write", "/workspace/f")]
+        assert marked(server) == 0
 
 
 FLOOD = """

@@ -16,6 +16,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -37,6 +38,11 @@ T = TypeVar("T")
 
 GATHER_SECONDS: Final = 0.025
 """How long events wait in the kernel, where those that are alike are merged."""
+BURST_BYTES: Final = 32 << 10
+"""So much at once, some hundreds of events, is a burst: it is only read and kept until it is over, since looking at it
+meanwhile would slow down the workload that makes it ..."""
+BURST_SECONDS: Final = 0.25
+"""... or has lasted for so long."""
 ROUND_EVENTS: Final = 100_000
 """How many events a round looks at closely ..."""
 ROUND_EVENTS_EACH: Final = 5_000
@@ -117,6 +123,8 @@ class Watcher:
         self._budget = Budget()
         self._group = fanotify.Group()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ordered = select.poll()
+        self._ordered.register(self._wake, select.POLLIN)
         self._orders: deque[Callable[[], None]] = deque()
         self._watches: dict[bytes, Watch] = {}
         self._own_pid = os.getpid()
@@ -196,12 +204,10 @@ class Watcher:
         waiting = select.poll()
         waiting.register(self._group, select.POLLIN)
         waiting.register(self._wake, select.POLLIN)
-        ordered = select.poll()
-        ordered.register(self._wake, select.POLLIN)
         while not self._closing:
             ready = {fd for fd, _ in waiting.poll()}
             if self._wake not in ready:
-                ordered.poll(GATHER_SECONDS * 1000)
+                self._ordered.poll(GATHER_SECONDS * 1000)
             self._clear_wake()
             orders = len(self._orders)
             try:
@@ -227,12 +233,21 @@ class Watcher:
             log.error("file events: the kernel's queue was full; accesses of native mounts are not on record")
 
     def _read_batch(self) -> list[bytes]:
+        """What there is, and what follows while it is a burst that nobody waits for."""
         buffers: list[bytes] = []
+        until = time.monotonic() + BURST_SECONDS
+        while self._read_some(buffers) >= BURST_BYTES and sum(map(len, buffers)) < _BATCH_BYTES:
+            if time.monotonic() > until or self._ordered.poll(GATHER_SECONDS * 1000):
+                break
+        return buffers
+
+    def _read_some(self, buffers: list[bytes]) -> int:
+        """Reads what is there, at most a batch; how many bytes."""
         size = 0
         while size < _BATCH_BYTES and (buffer := self._group.read()):
             buffers.append(buffer)
             size += len(buffer)
-        return buffers
+        return size
 
 
 class _Round:

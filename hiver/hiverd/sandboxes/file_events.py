@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 TURN_PAIRS: Final = 128
 """How many pairs go to the journal before the event loop does something else: half a millisecond."""
-REST: Final = 4.0
-"""How many times as long as a turn took nothing is emitted, unless somebody waits: a flood gets a fifth of the loop."""
+REST: Final = 8.0
+"""How many times as long as a turn took nothing is emitted, unless somebody waits: a flood gets a ninth of the loop."""
 FLUSH_SECONDS: Final = 2.0
 """How long a reader of events or the end of a sandbox waits for accesses that are still on their way."""
 TOLD_SECONDS: Final = 10.0
