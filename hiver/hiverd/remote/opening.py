@@ -47,7 +47,10 @@ class Files:
         settings = self._shared.settings
         if settings.asynchronous or node.pending or node.version is None:
             return False
-        asked = max(node.asked, self._listings.begun(split(node.path)[0]))
+        parent, _ = split(node.path)
+        if not node.present.total and self._listings.is_good(parent):
+            return False  # there is nothing yet that could be outdated, but for what the listing itself said
+        asked = max(node.asked, self._listings.begun(parent))
         return self._shared.now() - asked > settings.stat_seconds
 
     def _enter(self, node: Node, *, truncate: bool) -> bool:

@@ -136,7 +136,9 @@ class Uploader:
             with self._table.lock:
                 self._running.discard(node)
                 self._table.rest(node)
-            self._wake.set()
+                self._start_due()
+                if len(self._running) < self._settings.parallel_uploads and self._schedule.next_due() is not None:
+                    self._wake.set()
             self._settled.set()
             self._settled = asyncio.Event()
 

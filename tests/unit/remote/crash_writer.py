@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from hiverd.remote.settings import RemoteSettings
-from hiverd.testing.filesystem_fakes import DirectoryFileSystem
+from hiverd.testing.filesystem_directory import DirectoryFileSystem
 from unit.remote.rig import mounted
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from hiverd.remote.state import State
-from hiverd.testing.filesystem_fakes import DirectoryFileSystem, FakeFileSystem
+from hiverd.testing.filesystem_directory import DirectoryFileSystem
+from hiverd.testing.filesystem_fakes import FakeFileSystem
 from unit.remote.crash_writer import content_of
 from unit.remote.rig import LATE, QUICK, mounted
 

@@ -75,6 +75,9 @@ def on_model(model: Model, name: str, path: str, argument: object) -> object:
 
 def on_mount(mount: Mount, name: str, path: str, argument: object) -> object:
     """What the kernel and the tree of a mount refuse is refused before the folder's `Content` is asked."""
+    if name == "drain":
+        assert mount.drain().count == 0
+        return None
     mount.look_up(path)
     real = mount.real(path)
     if not real.parent.is_dir():
@@ -85,9 +88,6 @@ def on_mount(mount: Mount, name: str, path: str, argument: object) -> object:
         return on_file(mount, name, path, argument)
     if name == "list":
         return mount.names(path)
-    if name == "drain":
-        assert mount.drain().count == 0
-        return None
     if (name == "mkdir" and mount.exists(path)) or (name == "rmdir" and real.is_file()):
         raise FileExistsError(path)
     getattr(mount, name)(path)
