@@ -89,7 +89,7 @@ class ConfigApplier:
                 sandbox.events.emit(ConfigApplyEvent(success=False, changes=_shown(changes), errorMessage=message))
                 return Applied(current, changes, message)
             sandbox.events.set_filter(event_filter(effective))
-            await self._file_events.follow(sandbox)
+            await self._follow_files(sandbox)
             await self._governed.set_recording(sandbox)
             sandbox.events.emit(ConfigApplyEvent(success=True, changes=_shown(changes)))
             shown = redact_config(config_to_wire(effective, family="new"))
@@ -97,6 +97,13 @@ class ConfigApplier:
             return Applied(effective, changes)
         finally:
             sandbox.changing.release()
+
+    async def _follow_files(self, sandbox: Sandbox) -> None:
+        """The change is in force by now, whatever becomes of its events."""
+        try:
+            await self._file_events.follow(sandbox)
+        except HiverError as error:
+            log.error("sandbox %s: accesses of its native mounts are not on record: %s", sandbox.key, error.message)
 
     async def _switch(
         self, sandbox: Sandbox, spec: WorkloadSpec, effective: SandboxConfig, planned: list[PlannedMount]

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from hiverd.contracts.isolation import Mount, WorkloadSpec
-from hiverd.files.acl import Rules
 from hiverd.files.sever import sever
 from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.mount_server import MountServer
@@ -119,6 +118,16 @@ class Mounting:
             await sandbox.workload.add_mount(await self._start_again(sandbox, plan, spec.volume, mount))
 
 
+def _sever(folder: Path) -> None:
+    """Copies every file: one that is open to all now may be restricted by a later change, and whoever holds it open
+    would go on. If that fails, for want of space say, the folder is whole again, and as before."""
+    try:
+        sever(folder, lambda _: True)
+    except OSError:
+        sever(folder, lambda _: False)
+        raise
+
+
 class _Switch:
     """One change under way: what was done, and how to undo it."""
 
@@ -166,8 +175,7 @@ class _Switch:
         if plan.kind == "native":
             return mount
         if sever_first and plan.origin is None:
-            rules = Rules(plan.rules, plan.target)
-            await asyncio.to_thread(sever, Path(mount.source), lambda path: rules.access(path) != "rw")
+            await asyncio.to_thread(_sever, Path(mount.source))
         return await self._start(plan, Path(mount.source))
 
     async def _detach(self, target: str) -> None:

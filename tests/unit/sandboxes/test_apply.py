@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 
 import msgspec
 import pytest
 
 from hiverd.contracts.errors import ConflictError, UnsupportedError
+from hiverd.files import sever
+from hiverd.sandboxes import mounting
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.wire.config import decode_config, with_defaults
 
@@ -95,11 +98,26 @@ async def test_an_applied_events_filter_is_in_force_at_once(open_core):
         ({"snapshot": {"files": {"key": "k"}}}, "snapshot"),
     ],
 )
-async def test_what_is_not_supported_is_refused_by_name(open_core, members, field):
-    async with open_core() as core:
-        with pytest.raises(UnsupportedError) as caught:
-            MountPlanner((), environ={}, fuse=lambda: False).plan(config(**members))
-        assert caught.value.field == field
+def test_what_is_not_supported_is_refused_by_name(members, field):
+    with pytest.raises(UnsupportedError) as caught:
+        MountPlanner((), environ={}, fuse=lambda: False).plan(config(**members))
+    assert caught.value.field == field
+
+
+def test_a_tree_that_cannot_be_copied_is_as_before(tmp_path, monkeypatch):
+    """For want of space, say: nothing stays in the trash."""
+    folder = tmp_path / "w"
+    (folder / "d").mkdir(parents=True)
+    for number in range(10):
+        (folder / "d" / str(number)).write_text("kept")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(sever, "copy_file", full)
+    with pytest.raises(OSError, match="full"):
+        mounting._sever(folder)
+    assert {path.name: path.read_text() for path in (folder / "d").iterdir()} == {str(n): "kept" for n in range(10)}
 
 
 async def test_a_restart_undoes_a_half_made_apply(open_core, isolation):
