@@ -27,8 +27,8 @@ class Names:
     """A one-to-one mapping of all names to those without certain characters and words.
 
     `always`: characters that may be nowhere; `first` and `last`: not at the start, not at the end. `reserved`: names
-    that are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end. `inside`: the halves
-    of a word that may be nowhere, in any case of letters; it gets a quote in the middle.
+    that are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end. `inside`: the two
+    halves of a word that may be nowhere, in any case of letters; it gets a quote in the middle.
     """
 
     def __init__(
