@@ -1,6 +1,6 @@
 """Requests to Drive: googleapiclient in threads, repeated while that may help.
 
-The environment variables HIVER_GDRIVE_API_URL and HIVER_GDRIVE_TOKEN_URL name other addresses than Google's, for tests
+The environment variables HIVE_GDRIVE_API_URL and HIVE_GDRIVE_TOKEN_URL name other addresses than Google's, for tests
 and for proxies of the operator's own.
 """
 
@@ -42,13 +42,13 @@ for _name in ("googleapiclient", "googleapiclient.http", "googleapiclient.discov
 
 
 def token_url() -> str:
-    return os.environ.get("HIVER_GDRIVE_TOKEN_URL") or str(GOOGLE_TOKEN_URI)
+    return os.environ.get("HIVE_GDRIVE_TOKEN_URL") or str(GOOGLE_TOKEN_URI)
 
 
 def _document() -> dict[str, Any]:
     """Drive's description of itself, as it comes with the library."""
     document: dict[str, Any] = json.loads(get_static_doc("drive", "v3"))
-    url = os.environ.get("HIVER_GDRIVE_API_URL")
+    url = os.environ.get("HIVE_GDRIVE_API_URL")
     if url:
         document["rootUrl"] = url.rstrip("/") + "/"
         document["baseUrl"] = document["rootUrl"] + document["servicePath"]

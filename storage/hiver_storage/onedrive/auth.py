@@ -35,7 +35,7 @@ class Tokens:
                 "backend onedrive: onedrive_client_id is required with onedrive_refresh_token",
                 field="onedrive_client_id",
             )
-        base = os.environ.get("HIVER_ONEDRIVE_TOKEN_URL") or "https://login.microsoftonline.com"
+        base = os.environ.get("HIVE_ONEDRIVE_TOKEN_URL") or "https://login.microsoftonline.com"
         self._url = f"{base.rstrip('/')}/{tenant}/oauth2/v2.0/token"
         self._good_until_monotonic: float | None = None
         self._renewing = asyncio.Lock()

@@ -1,6 +1,6 @@
 """Requests to Microsoft Graph, repeated while that may help.
 
-The environment variables HIVER_ONEDRIVE_API_URL and HIVER_ONEDRIVE_TOKEN_URL name other addresses than Microsoft's, for
+The environment variables HIVE_ONEDRIVE_API_URL and HIVE_ONEDRIVE_TOKEN_URL name other addresses than Microsoft's, for
 tests and for proxies of the operator's own.
 
 Addresses that Graph gives for downloads and uploads are credentials, of other hosts: the token is never sent there, and
@@ -34,7 +34,7 @@ class Graph:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.patience = Patience()
         self._tokens = Tokens(config)
-        self._base = (os.environ.get("HIVER_ONEDRIVE_API_URL") or "https://graph.microsoft.com/v1.0").rstrip("/")
+        self._base = (os.environ.get("HIVE_ONEDRIVE_API_URL") or "https://graph.microsoft.com/v1.0").rstrip("/")
         drive_id = text(config, "onedrive_drive_id")
         if drive_id and not re.fullmatch(r"[A-Za-z0-9!_.-]+", drive_id):
             raise InvalidError("onedrive_drive_id must be the id of a drive", field="onedrive_drive_id")

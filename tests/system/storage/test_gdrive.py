@@ -38,8 +38,8 @@ class DriveHarness(Harness):
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDrive]:
     with FakeDrive() as service:
-        monkeypatch.setenv("HIVER_GDRIVE_API_URL", service.url)
-        monkeypatch.setenv("HIVER_GDRIVE_TOKEN_URL", f"{service.url}token")
+        monkeypatch.setenv("HIVE_GDRIVE_API_URL", service.url)
+        monkeypatch.setenv("HIVE_GDRIVE_TOKEN_URL", f"{service.url}token")
         yield service
 
 

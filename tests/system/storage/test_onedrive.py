@@ -38,8 +38,8 @@ class GraphHarness(Harness):
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGraph]:
     with FakeGraph() as service:
-        monkeypatch.setenv("HIVER_ONEDRIVE_API_URL", f"{service.url}/v1.0")
-        monkeypatch.setenv("HIVER_ONEDRIVE_TOKEN_URL", service.url)
+        monkeypatch.setenv("HIVE_ONEDRIVE_API_URL", f"{service.url}/v1.0")
+        monkeypatch.setenv("HIVE_ONEDRIVE_TOKEN_URL", service.url)
         yield service
 
 
