@@ -27,8 +27,8 @@ class Names:
     """A one-to-one mapping of all names to those without certain characters and words.
 
     `always`: characters that may be nowhere; `first` and `last`: not at the start, not at the end. `reserved`: names
-    that are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end. `inside`: the two
-    halves of a word that may be nowhere, in any case of letters; it gets a quote in the middle.
+    that are not allowed as a whole; they get a quote in front. `reserved_end`: the same at the end. `inside`: the
+    halves of a word that may be nowhere, in upper or lower case; it gets a quote in the middle.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Names:
         self._reserved = reserved
         self._reserved_end = reserved_end
         # The second half is only looked at: it may begin the next such word.
-        pattern = f"({re.escape(inside[0])})({QUOTE}*)(?={re.escape(inside[1])})" if inside else "(?!)"
+        pattern = f"{re.escape(inside[0])}{QUOTE}*(?={re.escape(inside[1])})" if inside else "(?!)"
         self._inside = re.compile(pattern, re.IGNORECASE)
 
     def encode(self, name: str) -> str:

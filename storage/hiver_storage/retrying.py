@@ -31,19 +31,20 @@ class TransientError(Exception):
 
 
 class Patience:
-    """How long one request is repeated. The core repeats uploads for longer than that."""
+    """How long one request is repeated after its first failure. The core repeats uploads for longer than that."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self.seconds = seconds
 
     async def repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """The first answer of `attempt`; the last attempt's `OSError` when time is up."""
-        deadline_monotonic = time.monotonic() + self.seconds
+        deadline_monotonic = float("inf")
         number = 0
         while True:
             try:
                 return await attempt()
             except TransientError as failure:
+                deadline_monotonic = min(deadline_monotonic, time.monotonic() + self.seconds)
                 delay_seconds = pause_seconds(number, failure.retry_after_seconds)
                 if time.monotonic() + delay_seconds > deadline_monotonic:
                     raise failure.error from None

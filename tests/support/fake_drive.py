@@ -150,6 +150,7 @@ class FakeDrive(FakeService):
             "update": lambda call: self._update(call, call.json(), None),
             "delete": self._delete,
             "upload multipart": self._multipart,
+            "upload media": lambda call: self._update(call, {}, (call.body, call.headers["content-type"])),
             "upload resumable": self._open_session,
             "chunk": self._chunk,
             "revisions": self._revisions,

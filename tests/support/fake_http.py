@@ -70,7 +70,8 @@ class FakeService(SocketUpstream, Faults):
     """`answer` is called for one request at a time.
 
     `counts`: requests by kind; `slow_ms`: before each answer; `cut_bytes`: the next body that is longer ends there;
-    `before`: called ahead of each request, for what others do meanwhile.
+    `looked` is called with each request as it arrives and may ask for its failure; `before` with each that is to be
+    answered, for what others do in the moment before.
     """
 
     def __init__(self) -> None:
@@ -81,6 +82,8 @@ class FakeService(SocketUpstream, Faults):
         self.accepted_tokens = {"token-0"}
         self.tokens = 0
         self.revoked = False
+        self.looked: Callable[[Call], object] | None = None
+        self.before: Callable[[Call], object] | None = None
         self._failures: tuple[FailureKind, int] = ("500", 0)
         self._lock = threading.RLock()
         service = self
@@ -149,15 +152,14 @@ class FakeService(SocketUpstream, Faults):
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
-    def before(self, call: Call) -> None:
-        """Replaced by tests: what happens just before a request is looked at."""
-
     def _respond(self, handler: BaseHTTPRequestHandler, call: Call) -> None:
         if self.slow_ms:
             time.sleep(self.slow_ms / 1000)
         with self._lock:
             self.counts[self.kind(call)] += 1
             self.calls.append(call)
+            if self.looked:
+                self.looked(call)
             failure = self._next_failure()
             if failure == "cut":
                 handler.close_connection = True
@@ -165,7 +167,8 @@ class FakeService(SocketUpstream, Faults):
             if failure in ("429", "500", "503"):
                 answer = self.refused(failure)
             else:
-                self.before(call)
+                if self.before:
+                    self.before(call)
                 answer = self.answer(call)
         if failure == "lost-answer":
             handler.close_connection = True

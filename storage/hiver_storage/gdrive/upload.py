@@ -90,7 +90,14 @@ async def _send_chunk(patience: Patience, service: Service, request: Any, window
     async def attempt() -> Any:
         if request.resumable_progress >= window.end:  # a lost answer said so
             return None
-        return (await service.run(lambda connection: request.next_chunk(http=connection)))[1]
+        try:
+            return (await service.run(lambda connection: request.next_chunk(http=connection)))[1]
+        except OSError as refused:
+            if refused.errno != errno.EINVAL:
+                raise
+            # httplib2 sends a request again whose answer was lost, and the chunk is not at its place any more. The
+            # library asks where we are before the next attempt.
+            raise TransientError(errno.EIO, "Drive refuses a chunk") from None
 
     answer: dict[str, Any] | None = None
     while answer is None and request.resumable_progress < window.end:
