@@ -22,6 +22,8 @@ class FakeExternal(FakeService):
         super().__init__()
         self.files: dict[str, Stored] = {}
         self.honours_ranges = True
+        self.listing: dict[str, list[dict[str, object]]] | None = None
+        """The answer to every listing instead of the true one."""
         self.credentials: str | None = None
         """`user:password` that each request must bring."""
 
@@ -62,7 +64,7 @@ class FakeExternal(FakeService):
         prefix = path.rstrip("/") + "/"
         return [name for name in self.files if name.startswith(prefix)]
 
-    def _info(self, path: str) -> dict[str, object]:
+    def info(self, path: str) -> dict[str, object]:
         stored = self.files.get(path)
         if stored is None:
             return {"path": path, "size": 0, "mtime": "2026-01-02T03:04:05Z", "is_dir": True}
@@ -73,16 +75,18 @@ class FakeExternal(FakeService):
         return json_answer(200, {"paths": [path for path in self.files if path.startswith(call.query["prefix"])]})
 
     def _directory(self, call: Call) -> Answer:
+        if self.listing is not None:
+            return json_answer(200, self.listing)
         path = call.query["path"].rstrip("/")
         names = dict.fromkeys(name[len(path) + 1 :].split("/")[0] for name in self._below(path))
         if not names and path:
             return Answer(404)
-        return json_answer(200, {"entries": [self._info(f"{path}/{name}") for name in names]})
+        return json_answer(200, {"entries": [self.info(f"{path}/{name}") for name in names]})
 
     def _stat(self, call: Call) -> Answer:
         path = call.query["path"]
         known = path in self.files or self._below(path)
-        return json_answer(200, self._info(path)) if known else Answer(404)
+        return json_answer(200, self.info(path)) if known else Answer(404)
 
     def _get(self, call: Call) -> Answer:
         stored = self.files.get(call.query["path"])

@@ -75,6 +75,7 @@ class FakeGraph(FakeService):
         self.makes_parents = True
         self.replaces_on_move = True
         self.max_chunk = 1 << 40
+        self.pages_elsewhere = False
         self.drive = "/me/drive"
         self.tenant = "common"
         self.refresh_tokens = {"refresh-0"}
@@ -212,7 +213,8 @@ class FakeGraph(FakeService):
         page: dict[str, Any] = {"value": [{name: one[name] for name in one if name in wanted} for one in found]}
         if start + size < len(items):
             query = f"$top={call.query.get('$top')}&$select={call.query['$select']}&$skiptoken={start + size}"
-            page["@odata.nextLink"] = f"{self.url}{call.target}?{query}"
+            host = self.other_host if self.pages_elsewhere else self.url
+            page["@odata.nextLink"] = f"{host}{call.target}?{query}"
         return json_answer(200, page)
 
     def _make_folder(self, call: Call, names: list[str]) -> Answer:
