@@ -21,16 +21,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
-from urllib.parse import quote, unquote, urlsplit
 
-import httpx
-
-from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.filesystem import FileSystem, Info, VersionConflictError
 
+from .external_service import Service, info_of, json_of
 from .names import split
 from .retrying import Locks, Patience, collected, error, exactly
-from .web import CONNECTIONS, failure, make_client, range_header, ranged_body, read_on, transport_errors
+from .web import CONNECTIONS, failure, range_header, ranged_body, read_on, transport_errors
 
 _BUFFERED_BYTES: Final = 4 << 20
 """Content up to this size is held, so that its upload can be repeated here."""
@@ -44,8 +41,7 @@ class ExternalFileSystem(FileSystem):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self._base, self._auth = _parse_host(config.get("host"))
-        self.patience = Patience()
+        self._service = Service(config.get("host"))
         self._made: set[str] = set()
         self._seen: dict[str, Info] = {}
         self._locks = Locks()
@@ -54,13 +50,15 @@ class ExternalFileSystem(FileSystem):
     def __repr__(self) -> str:
         return "<ExternalFileSystem>"
 
+    @property
+    def patience(self) -> Patience:
+        return self._service.patience
+
     async def open(self) -> None:
-        self._client = make_client(self._auth)
-        self._transfers = make_client(self._auth)
+        self._service.open()
 
     async def close(self) -> None:
-        await self._client.aclose()
-        await self._transfers.aclose()
+        await self._service.close()
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
@@ -69,21 +67,21 @@ class ExternalFileSystem(FileSystem):
         _check(path)
         if path == "/":
             return Info(path, 0, self._started, is_dir=True)
-        response = await self._ask("GET", "stat", path)
+        response = await self._service.ask("GET", "stat", path)
         if response.status_code == 404:
             if path in self._made:
                 return Info(path, 0, self._started, is_dir=True)
             raise error(errno.ENOENT, path)
-        return self._remember(_info(_json(response), path))
+        return self._remember(info_of(json_of(response), path))
 
     async def list_directory(self, path: str) -> AsyncIterator[Info]:
         """Raises FileNotFoundError, NotADirectoryError."""
         _check(path)
-        response = await self._ask("GET", "directory", path)
+        response = await self._service.ask("GET", "directory", path)
         found: dict[str, Info] = {}
         if response.status_code != 404:
-            entries = _json(response).get("entries") or []
-            found = {info.path: info for entry in entries if (info := _info(entry)) and _parent(info.path) == path}
+            entries = json_of(response).get("entries") or []
+            found = {info.path: info for entry in entries if (info := info_of(entry)) and _parent(info.path) == path}
         for made in self._made:
             if _parent(made) == path and made not in found:
                 found[made] = Info(made, 0, self._started, is_dir=True)
@@ -103,9 +101,11 @@ class ExternalFileSystem(FileSystem):
             return
 
         async def part(offset: int, size: int | None) -> AsyncGenerator[bytes, None]:
-            request = self._request("GET", "file", path, client=self._transfers, headers=range_header(offset, size))
+            request = self._service.request(
+                "GET", "file", path, client=self._service.transfers, headers=range_header(offset, size)
+            )
             with transport_errors():
-                response = await self._transfers.send(request, stream=True)
+                response = await self._service.transfers.send(request, stream=True)
             try:
                 if response.status_code not in (200, 206, 416):
                     raise failure(response, path)
@@ -135,9 +135,9 @@ class ExternalFileSystem(FileSystem):
             if current is not None and current.is_dir:
                 raise error(errno.EISDIR, path)
             if current is not None and current.link_target is not None:
-                await self._change("DELETE", "file", path)  # a server may follow it otherwise
+                await self._service.change("DELETE", "file", path)  # a server may follow it otherwise
             if data is not None:
-                await self._change("PUT", "file", path, content=data)
+                await self._service.change("PUT", "file", path, content=data)
             else:
                 await self._stream(path, content, size)
             return await self.stat(path)
@@ -147,11 +147,11 @@ class ExternalFileSystem(FileSystem):
 
         async def attempt() -> None:
             headers = {"Content-Length": str(size)}
-            request = self._request(
-                "PUT", "file", path, client=self._transfers, content=exactly(content, size), headers=headers
+            request = self._service.request(
+                "PUT", "file", path, client=self._service.transfers, content=exactly(content, size), headers=headers
             )
             with transport_errors():
-                response = await self._transfers.send(request)
+                response = await self._service.transfers.send(request)
             if not response.is_success:
                 raise failure(response, path)
 
@@ -179,8 +179,8 @@ class ExternalFileSystem(FileSystem):
             if current is not None and current.is_dir:
                 raise error(errno.EISDIR, path)
             if current is not None:
-                await self._change("DELETE", "file", path)
-            await self._change("POST", "symlink", json={"path": path, "target": target})
+                await self._service.change("DELETE", "file", path)
+            await self._service.change("POST", "symlink", json={"path": path, "target": target})
 
     async def delete(self, path: str) -> None:
         _check(path, changing=True)
@@ -189,12 +189,12 @@ class ExternalFileSystem(FileSystem):
             if current is None:
                 return
             if not current.is_dir:
-                await self._change("DELETE", "file", path)
+                await self._service.change("DELETE", "file", path)
                 return
             async for _ in self.list_directory(path):
                 raise error(errno.ENOTEMPTY, path)
-            if path not in self._made or (await self._ask("GET", "stat", path)).status_code != 404:
-                await self._change("DELETE", "file", path)  # a real one of the server's own
+            if path not in self._made or (await self._service.ask("GET", "stat", path)).status_code != 404:
+                await self._service.change("DELETE", "file", path)  # a real one of the server's own
             self._made.discard(path)
 
     async def move(self, source: str, target: str) -> None:
@@ -223,10 +223,10 @@ class ExternalFileSystem(FileSystem):
             async for _ in self.list_directory(target):
                 raise error(errno.ENOTEMPTY, target)
         elif there.link_target is not None:
-            await self._change("DELETE", "file", target)  # a server may follow it otherwise
+            await self._service.change("DELETE", "file", target)  # a server may follow it otherwise
 
     async def _move_file(self, moved: Info, source: str, target: str) -> None:
-        response = await self._change("POST", "move", json={"src": source, "dst": target}, missing_ok=True)
+        response = await self._service.change("POST", "move", json={"src": source, "dst": target}, missing_ok=True)
         if response.status_code == 404:  # perhaps by an earlier attempt of ours
             there = await self._find(target)
             if there is None or (there.size, there.link_target) != (moved.size, moved.link_target):
@@ -248,7 +248,7 @@ class ExternalFileSystem(FileSystem):
         if source in self._made or not entries:
             self._made.discard(source)
             self._made.add(target)
-        await self._change("DELETE", "file", source, missing_ok=True)
+        await self._service.change("DELETE", "file", source, missing_ok=True)
 
     def _remember(self, info: Info) -> Info:
         """For `read`, which goes on after a cut only if the file is still the one that it was."""
@@ -264,56 +264,6 @@ class ExternalFileSystem(FileSystem):
             return await self.stat(path)
         except FileNotFoundError:
             return None
-
-    # -- requests -----------------------------------------------------------------------------------------------------
-
-    def _request(
-        self, method: str, call: str, path: str | None = None, *, client: httpx.AsyncClient, **options: Any
-    ) -> httpx.Request:
-        query = "" if path is None else f"?path={quote(path, safe='/')}"
-        return client.build_request(method, f"{self._base}/v1/{call}{query}", **options)
-
-    async def _ask(self, method: str, call: str, path: str | None = None, **options: Any) -> httpx.Response:
-        """Repeated where another attempt may help. Any 2xx, or 404; `OSError` for the rest."""
-
-        async def attempt() -> httpx.Response:
-            request = self._request(method, call, path, client=self._client, **options)
-            with transport_errors():
-                response = await self._client.send(request)
-            if response.is_success or response.status_code == 404:
-                return response
-            raise failure(response, path or "")
-
-        return await self.patience.repeat(attempt)
-
-    async def _change(
-        self, method: str, call: str, path: str | None = None, *, missing_ok: bool = False, **options: Any
-    ) -> httpx.Response:
-        response = await self._ask(method, call, path, **options)
-        if response.status_code == 404 and method != "DELETE" and not missing_ok:
-            raise error(errno.ENOENT, path or "")
-        return response
-
-
-def _parse_host(host: object) -> tuple[str, httpx.BasicAuth | None]:
-    """The base URL without credentials, and those."""
-    if not isinstance(host, str) or not host:
-        raise InvalidError("backend external: host is required", field="host")
-    try:
-        parts = urlsplit(host)
-        netloc = parts.netloc.rpartition("@")[2]
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
-        _ = parts.port
-        base = httpx.URL(f"{parts.scheme}://{netloc}{parts.path.rstrip('/')}") if usable else None
-    except (ValueError, httpx.InvalidURL):
-        base = None
-    if base is None:
-        # The text is not repeated: it may hold a password.
-        raise InvalidError("host must be a URL like https://host/path", field="host")
-    auth = None
-    if parts.username is not None or parts.password is not None:
-        auth = httpx.BasicAuth(unquote(parts.username or ""), unquote(parts.password or ""))
-    return str(base).rstrip("/"), auth
 
 
 def _check(path: str, *, changing: bool = False) -> None:
@@ -331,34 +281,6 @@ def _encodable(text: str) -> None:
 
 def _parent(path: str) -> str:
     return path.rpartition("/")[0] or "/"
-
-
-def _json(response: httpx.Response) -> dict[str, Any]:
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        raise OSError(errno.EIO, "the service's answer is no JSON object")
-    return body
-
-
-def _info(entry: Mapping[str, Any], path: str | None = None) -> Info:
-    """`OSError` EIO for what is not as PROTOCOL 6.4 says. `path` is the one that was asked for."""
-    try:
-        shown = path or "/" + "/".join(split(str(entry["path"])))
-        size, changed = int(entry.get("size") or 0), str(entry["mtime"])
-        mtime = datetime.fromisoformat(changed)
-        mtime = mtime if mtime.tzinfo else mtime.replace(tzinfo=UTC)
-    except (KeyError, TypeError, ValueError, OSError):
-        raise OSError(errno.EIO, "the service described an entry in a way that is not understood") from None
-    if entry.get("is_dir"):
-        return Info(shown, 0, mtime, is_dir=True)
-    target = entry.get("link_target")
-    if target is None and not entry.get("symlink"):
-        return Info(shown, size, mtime, is_dir=False, version=f"{changed}-{size}")
-    target = str(target or "")
-    return Info(shown, 0, mtime, is_dir=False, link_target=target, version=f"{changed}-link-{target}")
 
 
 def _require_version(current: Info | None, expected: str | None, path: str) -> None:

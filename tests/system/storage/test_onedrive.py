@@ -83,9 +83,7 @@ async def test_names_that_onedrive_refuses(harness: GraphHarness, service: FakeG
     async with harness.opened() as files:
         for name in names:
             await put(files, f"/{name}", name.encode(errors="surrogateescape"))
-        assert {path: body for path, body in (await tree(files)).items()} == {
-            f"/{name}": name.encode(errors="surrogateescape") for name in names
-        }
+        assert await tree(files) == {f"/{name}": name.encode(errors="surrogateescape") for name in names}
     assert {"a\uf03ab", "what\uf03f", "dot\uf02e"} <= service.names()
 
 
