@@ -104,7 +104,9 @@ class FakeFileSystem(FileSystem):
         await self._begin("list", path)
         if not self._info(path).is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        for info in [self._info(other) for other in self.objects if _parent(other) == path]:
+        found = [self._info(other) for other in self.objects if _parent(other) == path]
+        await self.after("list", path)
+        for info in found:
             yield info
 
     async def read(self, path: str, offset: int, size: int | None) -> AsyncIterator[bytes]:
@@ -258,7 +260,7 @@ class TornFileSystem(FakeFileSystem):
 
 
 class StoppedFileSystem(FakeFileSystem):
-    """Waits in the operations that `stopped` names, until they are taken out of it and `go` is called."""
+    """Waits before the operations that `stopped` names, or behind those named `after-...`, until `go` is called."""
 
     def __init__(self, *stopped: str) -> None:
         super().__init__()
@@ -273,6 +275,9 @@ class StoppedFileSystem(FakeFileSystem):
                 await self._changed.wait()
             finally:
                 self.waiting -= 1
+
+    async def after(self, operation: str, path: str) -> None:
+        await self.before(f"after-{operation}", path)
 
     def go(self, *operations: str) -> None:
         """On the loop's thread."""

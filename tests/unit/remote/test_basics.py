@@ -6,10 +6,11 @@ import errno
 import os
 import threading
 
+import msgspec
 import pytest
 
 from hiverd.remote.settings import RemoteSettings
-from hiverd.testing.filesystem_fakes import FakeFileSystem, ForbiddenFileSystem, SlowFileSystem
+from hiverd.testing.filesystem_fakes import FakeFileSystem, ForbiddenFileSystem, SlowFileSystem, StoppedFileSystem
 from support.waiting import until
 from unit.remote.rig import LATE, QUICK, mounted
 
@@ -225,3 +226,47 @@ def test_odd_names(tmp_path):
         assert backend.files() == {odd: b"odd"}
         mount.rename(odd, "/ü")
         assert mount.read("/ü") == b"odd"
+
+
+def test_a_listing_knows_nothing_of_what_changes_while_it_runs(tmp_path):
+    backend = StoppedFileSystem()
+    for name in "abc":
+        backend.put(f"/{name}", name.encode())
+    settings = msgspec.structs.replace(QUICK, listing_seconds=0, listing_factor=0)
+    with mounted(tmp_path, backend, settings) as mount:
+        mount.names()
+        backend.stopped.add("after-list")
+        listing = threading.Thread(target=mount.content.list, args=("/",))
+        listing.start()
+        until(lambda: backend.waiting, seconds=5, what="the listing has begun")
+        for path in ("/a", "/b"):
+            mount.content.unlink(path)
+            mount.real(path).unlink()
+        fd = os.open(mount.real("/new"), os.O_CREAT | os.O_WRONLY)
+        mount.content.created("/new")
+        mount.content.modify("/new")
+        os.write(fd, b"new")
+        os.close(fd)
+        mount.content.close("/new", written=True)
+        mount.content.open("/c", write=True, truncate=True)
+        mount.content.modify("/c")
+        mount.real("/c").write_bytes(b"changed")
+        assert mount.drain().count == 0
+        mount.on_loop(backend.go)
+        listing.join(10)
+        mount.content.close("/c", written=True)
+        assert "/c" not in mount.changed
+        assert sorted(os.listdir(mount.tree)) == ["c", "new"]
+        assert mount.read("/new") == b"new"
+        assert mount.drain().count == 0
+        assert sorted(backend.files()) == ["/c", "/new"]
+
+
+def test_a_folder_that_does_not_follow_is_made_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("hiverd.remote.nodes.INTENT_SECONDS", 0.0)
+    backend = FakeFileSystem()
+    backend.put("/a", b"a")
+    with mounted(tmp_path, backend) as mount:
+        mount.names()
+        mount.content.rename("/a", "/b")
+        until(lambda: os.listdir(mount.tree) == ["b"], seconds=5, what="the folder follows")

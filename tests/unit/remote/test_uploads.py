@@ -124,15 +124,16 @@ def test_an_upload_whose_answer_was_lost_is_no_conflict(tmp_path):
         assert backend.files() == {"/a": b"more of ours"}
 
 
-def test_a_change_during_the_upload_is_uploaded_after_it(tmp_path):
-    backend = StoppedFileSystem("write")
+@pytest.mark.parametrize("moment", ["write", "after-write"])
+def test_a_change_during_the_upload_is_uploaded_after_it(tmp_path, moment):
+    backend = StoppedFileSystem(moment)
     with mounted(tmp_path, backend, QUICK) as mount:
         mount.write("/a", b"first")
         until(lambda: backend.waiting, seconds=5, what="the upload has begun")
-        mount.write("/a", b"second, longer")
+        mount.write("/a", b"other")
         mount.on_loop(backend.go)
         until(lambda: not mount.content.pending().count, seconds=5, what="uploaded")
-        assert backend.files() == {"/a": b"second, longer"}
+        assert backend.files() == {"/a": b"other"}
 
 
 def test_a_file_that_goes_during_its_upload_is_gone(tmp_path):
@@ -180,3 +181,14 @@ def test_changes_wait_for_room(tmp_path):
             handle.write(b"b")
         assert mount.drain().count == 0
         assert backend.files() == {"/a": b"a" * 200, "/b": b"b"}
+
+
+def test_what_is_pending_is_uploaded_before_it_moves(tmp_path):
+    backend = FakeFileSystem()
+    backend.put("/a", b"old")
+    with mounted(tmp_path, backend, LATE) as mount:
+        mount.write("/a", b"new")
+        mount.rename("/a", "/b")
+        assert backend.files() == {"/b": b"new"}
+        assert [operation for operation, _ in backend.log if operation in {"write", "move"}] == ["write", "move"]
+        assert mount.content.pending().count == 0
