@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
-from hiverd.contracts.filesystem import FileSystem, Info, VersionConflictError
+from hiverd.contracts.filesystem import FileSystem, Info
 
-from .content import Parts, whole
-from .failures import Patience, of_connection, persist
+from .failures import Patience, persist
 from .keys import Keys, clean_path, encode_target, parent
 from .names import Names
-from .object_store import LINK, WRITE, Page, Store, Stored
+from .object_reads import read_object
+from .object_store import LINK, Page, Store, Stored
+from .object_writes import write_object
 from .ordering import Once
 
 T = TypeVar("T")
@@ -125,43 +125,10 @@ class ObjectFileSystem(FileSystem):
 
     async def read(self, path: str, offset: int, size: int | None) -> AsyncIterator[bytes]:
         """A read that breaks off goes on where it was, in the same version; `EAGAIN` if that has gone meanwhile."""
-        key = self._keys.file(path)
-        version: str | None = None
-        left = size
-        failures = 0
-        while left is None or left > 0:
-            fetch = partial(self.store.fetch, key, offset, left, version)
-            try:
-                body = await self._call(fetch)
-            except (VersionConflictError, FileNotFoundError):
-                if version is None:
-                    raise
-                raise OSError(errno.EAGAIN, "the file changed while it was read", path) from None
-            if body is None:
-                return
-            version, expected = body.version, body.size
-            try:
-                async with aclosing(body.pieces()) as pieces:  # type: ignore[type-var]  # they are generators
-                    async for piece in pieces:
-                        offset += len(piece)
-                        expected -= len(piece)
-                        left = None if left is None else left - len(piece)
-                        failures = 0
-                        yield piece
-                if expected <= 0:
-                    return
-                failure = of_connection(ConnectionResetError())
-            except Exception as error:
-                translated = self.store.translate(error)
-                if translated is None:
-                    raise
-                failure = translated
-            finally:
-                await body.close()
-            failures += 1
-            if failures >= self.patience.attempts:
-                raise failure
-            await asyncio.sleep(self.patience.first_seconds * 2**failures / 2)
+        pieces = read_object(self.store, self._call, self.patience, self._keys.file(path), offset, size)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -171,60 +138,7 @@ class ObjectFileSystem(FileSystem):
 
     async def _write(self, key: str, content: AsyncIterator[bytes], size: int, condition: str | None) -> Stored:
         """`VersionConflictError` if the condition does not hold."""
-        metadata = {WRITE: secrets.token_hex(8)}
-        part_bytes = self.store.part_bytes(size)
-        if size > part_bytes:
-            return await self._write_parts(key, Parts(content, size, part_bytes), condition, metadata)
-        data = await whole(content, size)
-        try:
-            return await self._call(lambda: self.store.put(key, data, condition, metadata))
-        except (VersionConflictError, FileNotFoundError) as error:
-            return await self._own(key, metadata[WRITE]) or _conflict(condition, error)
-
-    async def _write_parts(self, key: str, parts: Parts, condition: str | None, metadata: dict[str, str]) -> Stored:
-        await self._require(key, condition)
-        try:
-            upload = await self._call(lambda: self.store.begin(key, parts.size, condition, metadata))
-        except FileNotFoundError as error:
-            return _conflict(condition, error)
-        try:
-            async for data in parts:
-                await self._call(partial(upload.add, data))
-            return await self._call(upload.finish)
-        except (VersionConflictError, FileNotFoundError) as error:
-            await self._abort(upload.abort)
-            return await self._own(key, metadata[WRITE]) or _conflict(condition, error)
-        except BaseException:
-            await self._abort(upload.abort)
-            raise
-
-    async def _require(self, key: str, condition: str | None) -> None:
-        """Looks beforehand, so that a large object is not sent in vain."""
-        if condition is None:
-            return
-        try:
-            found = (await self._call(lambda: self.store.head(key))).version
-        except FileNotFoundError:
-            found = ""
-        if found != condition:
-            raise VersionConflictError(errno.EEXIST, "the object is of another version")
-
-    async def _abort(self, abort: Callable[[], Awaitable[None]]) -> None:
-        """One attempt; services forget what is never finished, after some days."""
-        try:
-            await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(abort())), 10)
-        except Exception as error:
-            if self.store.translate(error) is None:
-                raise
-
-    async def _own(self, key: str, write: str) -> Stored | None:
-        """The object, if this write has put it there. An attempt may have succeeded without our hearing of it, and the
-        next one have met its result."""
-        try:
-            found = await self._call(lambda: self.store.head(key))
-        except FileNotFoundError:
-            return None
-        return found if found.write == write else None
+        return await write_object(self.store, self._call, key, content, size, condition)
 
     async def make_directory(self, path: str) -> None:
         path = clean_path(path)
@@ -349,13 +263,6 @@ class ObjectFileSystem(FileSystem):
 
     async def _remove(self, found: Stored) -> None:
         await self._call(lambda: self.store.remove(found.key))
-
-
-def _conflict(condition: str | None, error: OSError) -> NoReturn:
-    """An object that does not exist is of another version than the one that was expected."""
-    if condition is None or isinstance(error, VersionConflictError):
-        raise error
-    raise VersionConflictError(errno.EEXIST, "the object is of another version") from None
 
 
 def _directory(path: str) -> Info:

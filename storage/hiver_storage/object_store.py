@@ -6,11 +6,13 @@ Every method may raise whatever its library raises; `translate` makes that the c
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from msgspec import Struct
+
+T = TypeVar("T")
 
 LINK: Final = "hiverlink"
 """Metadata of an object that stands for a symbolic link: its target, percent-encoded. Azure allows identifiers alone as
@@ -29,6 +31,12 @@ class Stored(Struct, frozen=True):
     link_target: str | None = None
     write: str | None = None
     """Its `WRITE`; None also where the service does not tell."""
+
+
+class Call(Protocol):
+    """Makes a request of a store, and repeats it while it fails in a way that may pass. Errors are the contract's."""
+
+    async def __call__(self, call: Callable[[], Awaitable[T]]) -> T: ...
 
 
 class Page(NamedTuple):

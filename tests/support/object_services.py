@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from support.server import REPOSITORY, clean_environment
 from support.waiting import until
@@ -52,9 +53,10 @@ def azurite() -> Iterator[int]:
         yield until(lambda: _listening_port(process, log), seconds=60, what="azurite listens")
 
 
-def _listening_port(process: subprocess.Popen[str], log: Path) -> int | None:
-    assert process.poll() is None, log.read_text()
-    for line in log.read_text().splitlines():
+def _listening_port(process: subprocess.Popen[str], log: IO[bytes]) -> int | None:
+    said = os.pread(log.fileno(), 1 << 16, 0).decode()
+    assert process.poll() is None, said
+    for line in said.splitlines():
         if "listens on http://127.0.0.1:" in line:
             return int(line.rpartition(":")[2])
     return None
@@ -76,11 +78,12 @@ def _installed_azurite() -> Path:
 
 
 @contextlib.contextmanager
-def _serving(argv: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A process, and the file that has what it says (its errors alone, if it is to be read from)."""
-    with tempfile.NamedTemporaryFile("w", prefix="service-", suffix=".log") as log:
+def _serving(argv: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
+    """A process, and the nameless file that has what it says (its errors alone, if it is to be read from). It ends with
+    this one, also when this one is killed."""
+    with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            argv,
+            ["setpriv", "--pdeathsig", "KILL", "--", *argv],
             stdin=subprocess.DEVNULL,
             stdout=log if argv[0] == "node" else subprocess.PIPE,
             stderr=log,
@@ -88,14 +91,10 @@ def _serving(argv: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], Path]
             env=clean_environment({}),
         )
         try:
-            yield process, Path(log.name)
+            yield process, log
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
             if process.stdout is not None:
                 process.stdout.close()
 

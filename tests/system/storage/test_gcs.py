@@ -209,3 +209,16 @@ async def test_a_missing_bucket_is_not_an_empty_one(harness: GcsHarness) -> None
             assert caught.value.errno == errno.EIO
         await missing.close()
         assert await entries(files, "/") == {}
+
+
+async def test_an_error_of_the_content_is_not_taken_for_the_services(files: GcsFileSystem) -> None:
+    """A file that is to be sent may have gone: that is no conflict."""
+
+    async def content() -> AsyncIterator[bytes]:
+        yield bytes(9 << 20)
+        raise FileNotFoundError(errno.ENOENT, "the source")
+
+    for size in (10 << 20, 1 << 20):
+        with pytest.raises(OSError, match="the source" if size > 9 << 20 else "bytes long"):
+            await files.write("/file", content(), size=size, expected_version=ABSENT)
+    assert await entries(files, "/") == {}

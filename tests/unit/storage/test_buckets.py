@@ -118,7 +118,8 @@ def test_configurations_that_are_refused(backend: type[FileSystem], config: dict
 @pytest.mark.parametrize(("name", "library"), [("s3", "s3fs"), ("gcs", "gcsfs"), ("azure", "azure.storage.blob")])
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, name: str, library: str) -> None:
     point: EntryPoint = plugins._found("hiver.filesystems")[name]
-    for module in [m for m in sys.modules if m in {point.module, library} or m.startswith(f"{library}.")]:
+    ours = {point.module, f"{point.module}_store"}
+    for module in [m for m in sys.modules if m in ours or f"{m}.".startswith(f"{library}.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UnsupportedError, match=rf"pip install 'hiver\[{name}\]'"):
