@@ -36,8 +36,7 @@ class Content(Protocol):
     def close(self, path: str, *, written: bool) -> None:
         """One of the handles that `open` or `created` stand for has gone; `written` if it changed anything.
 
-        `path` is the file's name as of now, or its last one if it was removed or replaced meanwhile: handles of those
-        are closed here too.
+        Not called for handles whose file was removed or replaced by `unlink` or `rename` meanwhile.
         """
 
     def created(self, path: str) -> None:

@@ -52,6 +52,7 @@ class Node:
         "size",
         "unsettled",
         "used",
+        "vanished",
         "version",
         "window",
     )
@@ -83,8 +84,10 @@ class Node:
         """It was uploaded while it was open: what a handle that wrote was about to write may be missing."""
         self.behind: Remote | None = None
         """What the backend has by now, while those who have the file open keep what they had."""
+        self.vanished = False
+        """The backend has it no more; it goes when nobody has it open any more."""
         self.gone = False
-        """The name is another file's, or nobody's; only handles are left."""
+        """The name is another file's, or nobody's."""
         self.fetches: list[Fetch] = []
         self.progress = asyncio.Event()
         """Set and replaced whenever content arrives or a fetch ends; on the loop only."""

@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -36,7 +36,6 @@ class Table:
         self.opened: set[str] = set()
         """Paths whose content is the one of their last open, so that what the kernel caches of it is good."""
         self.nodes: dict[str, Node] = {}
-        self.gone: dict[str, list[Node]] = {}
         self.pending: set[Node] = set()
         self.cached_bytes = state.cached_bytes()
         self.dirty_bytes = 0
@@ -113,6 +112,9 @@ class Table:
         """Takes a file out of memory when nothing needs it there."""
         if node.opens or node.pins or node.pending or node.gone or node.fetches:
             return
+        if node.vanished:
+            self.vanish(node)
+            return
         if node.behind is not None:
             remote, node.behind = node.behind, None
             self.take(node, remote)
@@ -121,14 +123,12 @@ class Table:
             del self.nodes[node.path]
 
     def remove(self, node: Node) -> None:
-        """The name goes; handles keep the file."""
+        """The name goes; handles keep the file, and nothing is asked about them any more."""
         node.gone = True
         node.pending = False
         self.account(node)
         if self.nodes.get(node.path) is node:
             del self.nodes[node.path]
-        if node.opens:
-            self.gone.setdefault(node.path, []).append(node)
         self.state.delete(node.path)
 
     def rename(self, node: Node, path: str) -> None:
@@ -149,8 +149,8 @@ class Table:
         node.since = self.clock.wall()
         node.attempts, node.error = 0, None
         node.first_change = self.clock.monotonic()
-        if node.behind is not None:
-            node.behind = None  # ours was made from the older version: the upload will find the conflict
+        node.vanished = False
+        node.behind = None  # ours was made from the older version: the upload will find the conflict
         self.save(node)
         self.forget_intents(node.path)
         self.state.commit()
@@ -168,6 +168,7 @@ class Table:
         its upload, what is open stays as it is until it is closed."""
         if node.pending or node.gone:
             return False
+        node.vanished = False
         self.changed(node.path)
         if node.opens and node.present.total:
             node.behind = remote
@@ -176,6 +177,17 @@ class Table:
         node.version = remote.version
         self.save(node)
         return True
+
+    def vanish(self, node: Node) -> None:
+        """The backend's object has gone; so does ours, when nobody has it open and unless it is ours alone."""
+        if node.pending or node.gone or node.version is None:
+            return
+        if node.opens:
+            node.vanished = True
+            return
+        self.remove(node)
+        self.tree.remove(node.path)
+        self.changed(node.path)
 
     def reset(self, node: Node, size: int, mtime_ns: int) -> None:
         """A placeholder again. The record goes first, so that a crash in between is seen."""
@@ -249,19 +261,19 @@ class Table:
         for node in hot:
             self.rename(node, target + node.path[len(source) :])
 
-    def forget_directory(self, path: str, keep: Collection[str] = ()) -> None:
-        """The backend has it no more: all goes but what it never had, with the directories on the way there."""
-        kept = set(keep)
+    def forget_directory(self, path: str) -> None:
+        """The backend has it no more: all goes but what it never had or what is open, with the directories above."""
+        kept: set[str] = set()
         for node in self.hot_below(path):
-            if node.pending or node.version is None:
-                self.save(node)
-        rows = [*self.state.below(path), self.state.load(path)]
+            self.save(node)
+            node.vanished = node.opens > 0 and node.version is not None and not node.pending
         doomed = []
+        rows = [*self.state.below(path), self.state.load(path)]
         for row in sorted((row for row in rows if row is not None), key=lambda row: row.path, reverse=True):
-            if row.pending or (row.kind == "file" and row.version is None):
+            hot = self.nodes.get(row.path)
+            if row.pending or (row.kind == "file" and row.version is None) or (hot is not None and hot.vanished):
                 kept.add(row.path)
             elif row.kind != "directory" or not any(other.startswith(row.path + "/") for other in kept):
-                hot = self.nodes.get(row.path)
                 if hot is not None:
                     self.remove(hot)
                 else:

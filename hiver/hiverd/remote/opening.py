@@ -112,15 +112,10 @@ class Files:
             await self._reader.ask(node)
         except FileNotFoundError:
             with self._table.lock:
-                if node.pending or node.gone or node.version is None:
+                if node.pending or node.version is None:
                     return
-                path = node.path
-                self._listings.touch(path)
-                self._table.intend(path, None)
-                self._table.remove(node)
-                self._shared.tree.remove(path)
-                self._table.state.commit()
-                self._table.changed(path)
+                self._listings.touch(node.path)
+                self._table.vanish(node)
             raise
 
     def _unpin(self, node: Node) -> None:
@@ -133,8 +128,6 @@ class Files:
     def read_here(self, path: str, offset: int, size: int) -> Node | None:
         """The file whose bytes have to be fetched first."""
         with self._table.lock:
-            if any(not node.complete() for node in self._table.gone.get(path, ())):
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
             node = self._table.find(path)
             if node is None:
                 return None
@@ -161,9 +154,7 @@ class Files:
         """The file for which something has to be waited for first, pinned."""
         with self._table.lock:
             node = self._table.find(path)
-            if node is None or (not node.opens and path in self._table.gone):
-                if path in self._table.gone:
-                    return None  # nobody will ever see it
+            if node is None:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
             if node.complete() and self._has_room(node):
                 self._begin(node)
@@ -202,22 +193,11 @@ class Files:
     def close(self, path: str, *, written: bool) -> None:
         with self._table.lock:
             node = self._table.nodes.get(path)
-            left = self._table.gone.get(path)
-            if left:
-                self._close_gone(path, left)
-            elif node is not None and node.opens:
-                node.opens -= 1
             if node is None:
                 return
+            node.opens = max(0, node.opens - 1)
             self._closed(node, written=written)
             self._table.rest(node)
-
-    def _close_gone(self, path: str, left: list[Node]) -> None:
-        left[0].opens -= 1
-        if not left[0].opens:
-            left.pop(0)
-        if not left:
-            del self._table.gone[path]
 
     def _closed(self, node: Node, *, written: bool) -> None:
         if written and node.unsettled and not node.pending and node.version is not None:

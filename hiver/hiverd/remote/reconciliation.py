@@ -121,6 +121,7 @@ class Reconciliation:
     def _hot(self, node: Node, remote: Remote) -> None:
         if remote.kind == "file" and node.version == remote.version:
             node.asked = self._shared.now()
+            node.vanished = False
         elif remote.kind == "file" and node.version is not None:
             self._replace(node, remote)
 
@@ -156,10 +157,10 @@ class Reconciliation:
             table.changed(row.path)
         else:
             node = table.find(row.path)
-            if node is not None and not node.pending and node.version is not None:
-                table.remove(node)
-                self._tree.remove(row.path)
-                table.changed(row.path)
+            if node is not None:
+                table.vanish(node)
+                if not node.pins:
+                    table.rest(node)
 
     def finish(self) -> None:
         """What the backend did not name has gone, unless it is ours."""

@@ -143,6 +143,12 @@ class Uploader:
             self._settled = asyncio.Event()
 
     async def _try(self, node: Node) -> None:
+        now = self._shared.now()
+        quiet_at = node.last_change + SETTLED_SECONDS
+        if node.opens and now < min(quiet_at, node.first_change + self._settings.longest_seconds):
+            with self._table.lock:
+                self.schedule(node, quiet_at)  # it may just be being changed
+            return
         try:
             await self.upload(node)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the content is here and stays pending
@@ -208,8 +214,11 @@ class Uploader:
             self._table.end_pending(node)
         else:
             self._table.save(node)
-            if node not in self._schedule and (not node.opens or self.draining):
-                self.schedule(node, self._shared.now() + self._settings.quiet_seconds)
+            if node not in self._schedule:
+                pause = self._settings.longest_seconds if node.opens else self._settings.quiet_seconds
+                if self.draining:
+                    pause = min(pause, SETTLED_SECONDS)
+                self.schedule(node, self._shared.now() + pause)
 
     def _lost(self, node: Node, error: Exception) -> None:
         with self._table.lock:

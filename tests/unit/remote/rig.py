@@ -160,8 +160,10 @@ class Handle:
         os.ftruncate(self.fd, size)
 
     def close(self) -> None:
+        named = os.fstat(self.fd).st_nlink > 0
         os.close(self.fd)
-        self.mount.content.close(self.path, written=self.written)
+        if named:
+            self.mount.content.close(self.path, written=self.written)
 
 
 @contextmanager

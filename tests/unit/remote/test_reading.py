@@ -138,3 +138,23 @@ def test_an_open_file_that_is_removed_can_still_be_read(tmp_path):
         handle.close()
         assert mount.drain().count == 0
         assert backend.files() == {"/a": b"new"}
+
+
+def test_what_vanishes_stays_for_those_who_have_it_open(tmp_path):
+    backend = FakeFileSystem()
+    for path in ("/a", "/d/b"):
+        backend.put(path, b"1" * MIB * 2)
+    settings = RemoteSettings(chunk_bytes=MIB, listing_seconds=0, listing_factor=0)
+    with mounted(tmp_path, backend, settings) as mount:
+        handles = [mount.open(path) for path in ("/a", "/d/b")]
+        for handle in handles:
+            assert handle.read(0, 10) == b"1" * 10
+        backend.drop("/a")
+        backend.drop("/d")
+        assert mount.names() == ["a", "d"]
+        for handle in handles:
+            assert handle.read(0, 10) == b"1" * 10
+            with pytest.raises(FileNotFoundError):
+                handle.read(MIB + 600_000, 10)
+            handle.close()
+        until(lambda: mount.names() == [], seconds=5, what="gone")

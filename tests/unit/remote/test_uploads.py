@@ -192,3 +192,31 @@ def test_what_is_pending_is_uploaded_before_it_moves(tmp_path):
         assert backend.files() == {"/b": b"new"}
         assert [operation for operation, _ in backend.log if operation in {"write", "move"}] == ["write", "move"]
         assert mount.content.pending().count == 0
+
+
+def test_a_reader_does_not_keep_a_file_from_its_upload(tmp_path):
+    backend = FakeFileSystem()
+    backend.put("/log", b"old")
+    with mounted(tmp_path, backend, QUICK) as mount:
+        reader = mount.open("/log")
+        mount.write("/log", b"new")
+        until(lambda: not mount.content.pending().count, seconds=5, what="uploaded")
+        assert backend.files() == {"/log": b"new"}
+        assert reader.read(0, 10) == b"new"
+        reader.close()
+        assert not mount.content.pending().count
+
+
+def test_an_open_file_that_is_replaced_does_not_keep_its_successor(tmp_path):
+    backend = FakeFileSystem()
+    backend.put("/a", b"old")
+    with mounted(tmp_path, backend, QUICK) as mount:
+        reader = mount.open("/a")
+        assert reader.read(0, 10) == b"old"
+        mount.write("/b", b"new")
+        mount.rename("/b", "/a")
+        assert reader.read(0, 10) == b"old"
+        reader.close()
+        until(lambda: not mount.content.pending().count, seconds=5, what="uploaded")
+        assert backend.files() == {"/a": b"new"}
+        until(lambda: not mount.content._table.nodes, seconds=5, what="at rest")
