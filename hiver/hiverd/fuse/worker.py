@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -223,6 +224,9 @@ def main() -> None:
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", force=True
     )
     logging.getLogger("hiverd").setLevel(logging.INFO)
+    # Each file that the agent has open is a descriptor here, and each directory that was looked at for a while.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.suppress(OSError):
         os.nice(1)
     with socket.socket(fileno=os.dup(0)) as listener:
