@@ -220,3 +220,20 @@ def test_an_open_file_that_is_replaced_does_not_keep_its_successor(tmp_path):
         until(lambda: not mount.content.pending().count, seconds=5, what="uploaded")
         assert backend.files() == {"/a": b"new"}
         until(lambda: not mount.content._table.nodes, seconds=5, what="at rest")
+
+
+def test_what_is_changed_all_the_time_is_uploaded_now_and_then(tmp_path):
+    backend = FakeFileSystem()
+    with mounted(tmp_path, backend, QUICK) as mount:
+        with mount.open("/log", os.O_WRONLY | os.O_CREAT) as handle:
+            handle.write(b"0")
+            mount.write("/log", b"another one, who closes it")
+
+            def still_changing():
+                handle.write(b"0")
+                return backend.calls["write"] >= 3
+
+            until(still_changing, seconds=10, what="several uploads")
+            handle.write(b"last")
+        assert mount.drain().count == 0
+        assert backend.files() == {"/log": b"lasther one, who closes it"}
