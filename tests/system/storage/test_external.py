@@ -14,6 +14,7 @@ from hiverd.testing.filesystem import Deviation, FileSystemSuite, Harness
 from hiverd.testing.filesystem_harness import entries, get, put, shown, tree
 from hiverd.testing.filesystem_reading import ReadingSuite
 from support.fake_external import FakeExternal
+from support.fake_http import Call
 
 
 class ExternalHarness(Harness):
@@ -112,6 +113,20 @@ async def test_a_file_that_changes_while_it_is_read_is_never_mixed(
         with pytest.raises(OSError, match="changed"):
             await take()
         assert set(received) == set(b"o")
+
+
+async def test_a_file_that_changes_just_before_a_read_goes_on(harness: ExternalHarness, service: FakeExternal) -> None:
+    service.put("/big", b"o" * (8 << 20))
+
+    def theirs(call: Call) -> None:
+        if service.counts["GET file"] == 2 and service.kind(call) == "GET file":
+            service.put("/big", b"n" * (8 << 20))
+
+    async with harness.opened() as files:
+        service.cut_bytes = 3 << 20
+        service.before = theirs
+        with pytest.raises(OSError, match="changed"):
+            await get(files, "/big")
 
 
 async def test_directories_that_were_made_are_remembered(harness: ExternalHarness, service: FakeExternal) -> None:

@@ -362,3 +362,21 @@ async def test_a_repeated_request_makes_no_second_file(harness: DriveHarness, se
         service.looked = trouble
         await put(files, "/d/f", b"x")
     assert len(service.named("f")) == len(service.named("d")) == 1
+
+
+async def test_our_own_write_is_no_conflict(harness: DriveHarness, service: FakeDrive) -> None:
+    """The answer is lost, and the version is another one when we ask again."""
+
+    def trouble(call: Call) -> None:
+        if service.kind(call) in ("upload multipart", "chunk") and service.counts[service.kind(call)] in (1, 2):
+            service.fail("lost-answer", 1)
+
+    async with harness.opened() as files:
+        version: str | None = ABSENT
+        for body in (b"one", b"two", bytes(9 << 20)):
+            service.counts.clear()
+            service.looked = trouble
+            version = (await put(files, "/f", body, version)).version
+            service.looked = None
+            assert await get(files, "/f") == body
+    assert len(service.named("f")) == 1

@@ -96,6 +96,8 @@ async def test_links_are_files_beside(harness: GraphHarness, service: FakeGraph)
         await files.symlink("/ours", "elsewhere")
         assert await tree(files) == {"/theirs": "target/of theirs", "/file": b"content", "/ours": "elsewhere"}
         assert "ours.symlink" in service.names()
+        await put(files, "/ours", b"now a file")
+        assert "ours.symlink" not in service.names()
         await put(files, "/name.symlink", b"a file of that name")
         assert await get(files, "/name.symlink") == b"a file of that name"
         assert "/name" not in await entries(files, "/")
@@ -270,3 +272,25 @@ async def test_another_writes_in_the_moment_before_us(harness: GraphHarness, ser
                 await put(files, f"/{path}", b"ours" + bytes(big), version)
             service.before = None
             assert await get(files, f"/{path}") == b"theirs"
+
+
+async def test_our_own_write_is_no_conflict(harness: GraphHarness, service: FakeGraph) -> None:
+    """The answer is lost, and the condition does not hold any more when we ask again."""
+
+    def trouble(call: Call) -> None:
+        if call.method == "PUT" and service.counts[service.kind(call)] == 1:
+            service.fail("lost-answer", 1)
+
+    async with harness.opened() as files:
+        version: str | None = ABSENT
+        for body in (b"one", b"two", bytes(11 << 20)):
+            service.counts.clear()
+            service.looked = trouble
+            version = (await put(files, "/f", body, version)).version
+            service.looked = None
+            assert await get(files, "/f") == body
+        service.counts.clear()
+        service.looked = trouble
+        service.before = lambda call: service.add("f", b"theirs") if service.counts["PUT content"] == 2 else None
+        with pytest.raises(VersionConflictError):
+            await put(files, "/f", b"ours", version)
