@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from hiverd.contracts.errors import BackendError, HiverError, InvalidError, UnavailableError, UnsupportedError
+from hiverd.fuse import launch
 from hiverd.fuse.frames import (
     Done,
     Failure,
@@ -64,7 +65,8 @@ class Connection:
     @classmethod
     async def open(cls, path: Path, take: Callable[[Told], Awaitable[None]], on_lost: Callable[[], None]) -> Connection:
         """`on_lost` is called once if the other side goes away. Raises `OSError`."""
-        reader, writer = await asyncio.open_unix_connection(str(path))
+        with launch.reachable(path.parent) as short:
+            reader, writer = await asyncio.open_unix_connection(f"{short}/{path.name}")
         return cls(reader, writer, take, on_lost)
 
     def next_number(self) -> int:

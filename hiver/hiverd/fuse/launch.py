@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +34,16 @@ def probe() -> Finding:
     return Finding(name, ok=True, detail="by FUSE: mounts with rules, and remote ones", required=False)
 
 
+@contextmanager
+def reachable(folder: Path) -> Iterator[str]:
+    """A short name for a folder: a socket's path has 107 bytes at most (unix(7))."""
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """Starts one whose socket, log and mount point are in `folder`, an existing private folder.
 
@@ -39,9 +51,9 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     environment. Raises `OSError`. Blocking.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        path = folder / SOCKET
-        path.unlink(missing_ok=True)
-        listener.bind(str(path))
+        (folder / SOCKET).unlink(missing_ok=True)
+        with reachable(folder) as short:
+            listener.bind(f"{short}/{SOCKET}")
         listener.listen(_BACKLOG)
         log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:

@@ -36,7 +36,7 @@ class Running:
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Running]:
+async def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     settings = load_settings(
         None,
         environ={},
@@ -48,6 +48,8 @@ async def server(tmp_path: Path) -> AsyncIterator[Running]:
             "exec.max_output_bytes": 2048,
         },
     )
+    # Nothing is watched here, and nothing needs a process to serve it.
+    monkeypatch.setattr(Services, "_watchable", lambda _: True)
     services = Services(settings, FakeIsolation)
     await services.start()
     config = uvicorn.Config(
