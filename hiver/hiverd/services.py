@@ -171,6 +171,7 @@ class Services:
             tasks=self.tasks,
             reconcile=self.applier.reconcile,
             revive=self.applier.revive,
+            missing=self.mounting.missing,
             limits=ManagerLimits(
                 max_sandboxes=settings.sandbox.max_sandboxes,
                 stop_grace_seconds=settings.sandbox.stop_grace_seconds,

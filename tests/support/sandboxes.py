@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -97,3 +98,17 @@ async def settled(box: Box) -> None:
     while (now := len(await box.events())) != before:
         before = now
         await asyncio.sleep(0.3)
+
+
+def mount_servers(sandbox_id: str) -> list[int]:
+    """The processes that serve a sandbox's governed mounts, or upload what it left."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"mount-server" in command and sandbox_id.encode() in command:
+                found.append(int(entry.name))
+    return found

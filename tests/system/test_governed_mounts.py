@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from conftest import MakeServer
-from support.sandboxes import Box, local
+from support.sandboxes import Box, local, mount_servers
 from support.server import DEFAULT_CONFIG, Server
 from support.waiting import until, until_async
 
@@ -23,20 +23,6 @@ RULES = (
     ("/workspace/secret/**", "deny"),
     ("/workspace/**/.env", "deny"),
 )
-
-
-def mount_servers(sandbox_id: str) -> list[int]:
-    """The processes that serve a sandbox's governed mounts."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"mount-server" in command and sandbox_id.encode() in command:
-                found.append(int(entry.name))
-    return found
 
 
 async def filled(box: Box) -> None:
@@ -132,6 +118,22 @@ async def test_a_native_mount_becomes_governed_also_for_those_who_are_in_it(
     assert "newer" not in log
     await box.applied()  # no fs: the default, which is fully open
     assert await box.out("cat /workspace/secret/s") == "newer"
+
+
+async def test_what_was_open_to_all_at_the_switch_may_be_restricted_later(
+    http: httpx.AsyncClient, new_key: Callable[[], str]
+) -> None:
+    box = await Box.create(http, new_key())
+    await box.out("echo old > /workspace/o; mkfifo /tmp/go")
+    await box.out(
+        "(exec 3<>/workspace/o; echo > /tmp/ready; read _ < /tmp/go; echo evil >&3; cat /proc/self/fd/3; echo end)"
+        " > /tmp/log 2>&1 & while [ ! -e /tmp/ready ]; do sleep 0.1; done"
+    )
+    await box.applied(fs=[local("/workspace", ("/workspace/**", "rw"), ("/workspace/other", "deny"))])
+    await box.applied(fs=[local("/workspace", ("/workspace/**", "rw"), ("/workspace/o", "deny"))])
+    assert (await http.get(f"{box.base}/file/workspace/o")).content == b"old\n"
+    await box.out("echo > /tmp/go; while ! grep -q end /tmp/log; do sleep 0.1; done")
+    assert (await http.get(f"{box.base}/file/workspace/o")).content == b"old\n"
 
 
 async def test_an_apply_that_fails_leaves_everything_as_it_was(

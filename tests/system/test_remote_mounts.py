@@ -15,7 +15,7 @@ import pytest
 from conftest import MakeServer
 from support.fake_external import FakeExternal
 from support.fake_http import Answer
-from support.sandboxes import Box, local
+from support.sandboxes import Box, local, mount_servers
 from support.server import Server
 from support.waiting import until, until_async
 
@@ -210,7 +210,7 @@ async def test_a_thousand_dirty_files_survive_the_end_of_everything(
         )
         await box.remove()  # drains for a second, in vain
         await Box.create(client, "other", fs=[local()])
-    for process in _mount_servers(box.id):
+    for process in mount_servers(box.id):
         os.kill(process, signal.SIGKILL)
     os.kill(server.pid, signal.SIGKILL)
     until(lambda: not server.running, seconds=10, what="the server's end")
@@ -223,19 +223,6 @@ async def test_a_thousand_dirty_files_survive_the_end_of_everything(
         assert content(service, f"/f{number}") == f"content of {number}\n".encode()
     until(lambda: not list(server.data_dir.glob("remote/*")), seconds=20, what="nothing kept that is uploaded")
     assert "uploading what it left" in server.log_path.read_text()
-
-
-def _mount_servers(sandbox_id: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"mount-server" in command and sandbox_id.encode() in command:
-                found.append(int(entry.name))
-    return found
 
 
 async def test_a_killed_server_does_not_interrupt_uploads(make_server: MakeServer, service: FakeExternal) -> None:
@@ -256,3 +243,18 @@ async def test_a_killed_server_does_not_interrupt_uploads(make_server: MakeServe
         await box.out("touch /tmp/stop")
         assert await box.out("cat /remote/n1") == "1\n"
         await box.remove()
+
+
+async def test_uploads_of_a_sandbox_that_is_gone_outlive_their_process(
+    http: httpx.AsyncClient, new_key: Callable[[], str], service: FakeExternal
+) -> None:
+    """Without a restart of the server."""
+    box = await Box.create(http, new_key(), fs=[remote(service)])
+    refuse_uploads(service)
+    await box.out("echo kept > /remote/f")
+    await box.remove()
+    (process,) = mount_servers(box.id)
+    os.kill(process, signal.SIGKILL)
+    del service._put
+    until(lambda: content(service, "/f") == b"kept\n", seconds=20, what="the upload by another process")
+    until(lambda: not mount_servers(box.id), seconds=10, what="its end")

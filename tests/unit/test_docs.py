@@ -11,6 +11,7 @@ import pytest
 from hiverd import cli
 from hiverd.settings import Settings, load_settings
 from hiverd.settings.reference import example_toml, markdown, sections
+from hiverd.wire.environment import VARIABLES
 from hiverd.wire.events import EVENT_CLASSES, SILENT_TYPES, Event, type_of
 
 
@@ -86,3 +87,9 @@ def test_exit_codes_are_documented(root: Path) -> None:
     for code in (cli.EXIT_FAILED, cli.EXIT_SETTINGS, cli.EXIT_INTERRUPTED):
         assert f"| {code} |" in text
     assert f"with {cli.EXIT_EXEC_FAILED} if the command" in text
+
+
+def test_every_variable_for_credentials_is_documented(root: Path) -> None:
+    table = rows((root / "docs/files.md").read_text())
+    for variable, (backend, _) in VARIABLES.items():
+        assert f"`{variable}`" in table[backend]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
 from typing import Final
+
+from hiverd.files import linux
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MAKE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -30,27 +30,13 @@ def copy_file(name: str, directory: int, target: str, target_directory: int) -> 
 def _copy_content(source: int, copy: int) -> None:
     size = os.fstat(source).st_size
     os.ftruncate(copy, size)
-    for start, end in _data(source, size):
+    for start, end in linux.data_extents(source, size):
         position = start
         while position < end:
             count = os.copy_file_range(source, copy, min(end - position, _PIECE_BYTES), position, position)
             if not count:  # cut short meanwhile
                 return
             position += count
-
-
-def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of what is not a hole."""
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole follows
-                return
-            raise
-        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield start, position
 
 
 def copy_metadata(source: int, copy: int) -> None:

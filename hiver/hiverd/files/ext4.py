@@ -7,7 +7,6 @@ costs half a millisecond where mkfs costs 12.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import struct
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from hiverd.contracts.errors import UnavailableError
+from hiverd.files import linux
 
 TEMPLATE_VERSION: Final = 2
 """Raised with every change to what `make_template` makes."""
@@ -88,17 +88,9 @@ def read_template(path: Path) -> Template:
 
 def _written_parts(fd: int, size_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Skips holes, and zeros where the host's file system does not tell about holes."""
-    position = 0
-    while position < size_bytes:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole follows
-                return
-            raise
-        position = os.lseek(fd, start, os.SEEK_HOLE)
-        for offset in range(start, position, _PIECE_BYTES):
-            content = os.pread(fd, min(_PIECE_BYTES, position - offset), offset)
+    for start, end in linux.data_extents(fd, size_bytes):
+        for offset in range(start, end, _PIECE_BYTES):
+            content = os.pread(fd, min(_PIECE_BYTES, end - offset), offset)
             if content.strip(b"\0"):
                 yield offset, content
 

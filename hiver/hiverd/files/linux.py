@@ -7,6 +7,7 @@ here may block and is meant for worker threads.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -80,6 +81,20 @@ def mount(source: str, target: str, filesystem: str, flags: int, options: str) -
 def umount(target: str, flags: int = 0) -> None:
     """`umount2(2)`. `EINVAL`: nothing is mounted there."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of what is not a hole in a file's first `size` bytes."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole follows
+                return
+            raise
+        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, position
 
 
 def keep_freed_memory() -> None:

@@ -69,13 +69,6 @@ class Change(Struct, frozen=True, tag=True, kw_only=True):
     """None: as it was."""
 
 
-class Upload(Struct, frozen=True, tag=True, kw_only=True):
-    """Answered when nothing is pending or the time is over."""
-
-    number: int
-    timeout_seconds: float
-
-
 class Finish(Struct, frozen=True, tag=True, kw_only=True):
     """Unmounts; answered then. Uploads what is pending, removes the folder of a remote mount, and ends."""
 
@@ -100,7 +93,7 @@ class Recorded(Struct, frozen=True, tag=True):
     accesses: int
 
 
-Question = Begin | Attach | Change | Upload | Tell | Finish | Quit
+Question = Begin | Attach | Change | Tell | Finish | Quit
 
 
 class Failure(Struct, frozen=True):
@@ -154,9 +147,10 @@ class Pending(Struct, frozen=True, tag=True):
 
 
 class Lost(Struct, frozen=True, tag=True):
-    """So many accesses happened while no server was there, more than are kept."""
+    """What happened while no server was there, beyond what is kept: accesses; calls of the service and log lines."""
 
     accesses: int
+    others: int = 0
 
 
 class Said(Struct, frozen=True, tag=True):

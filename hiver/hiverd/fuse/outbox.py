@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Final
 
 from hiverd.fuse.frames import Access, Accessed, Lost, Told, frame
@@ -16,6 +15,8 @@ MAX_WAITING: Final = 20_000
 """While a server is there: more, and the agent waits."""
 MAX_KEPT: Final = 200_000
 """While none is there: more are counted."""
+MAX_OTHERS: Final = 10_000
+"""Calls of the service and lines for the log that wait; the oldest go first, and are counted."""
 GATHER_SECONDS: Final = 0.003
 _WAIT_SECONDS: Final = 10.0
 """After which an access goes on all the same: a server that hangs must not take the mount with it."""
@@ -32,6 +33,7 @@ class Outbox:
         self._confirmed = 0
         self._others: deque[Told] = deque()
         self._lost = 0
+        self._dropped = 0
         self._writer: asyncio.StreamWriter | None = None
         self._scheduled = False
         self._sending: asyncio.Task[None] | None = None
@@ -47,6 +49,9 @@ class Outbox:
 
     def tell(self, message: Told) -> None:
         """Never waits."""
+        if len(self._others) >= MAX_OTHERS:
+            self._others.popleft()
+            self._dropped += 1
         self._others.append(message)
         self._wake()
 
@@ -73,9 +78,9 @@ class Outbox:
             self.detach(self._writer)
         self._writer = writer
         self._confirmed = 0
-        if self._lost:
-            self._others.appendleft(Lost(self._lost))
-            self._lost = 0
+        if self._lost or self._dropped:
+            self._others.appendleft(Lost(self._lost, self._dropped))
+            self._lost = self._dropped = 0
         self._send_soon()
 
     def detach(self, writer: asyncio.StreamWriter) -> None:
@@ -130,6 +135,3 @@ class Outbox:
             self._send_soon()
             assert self._sending is not None  # noqa: S101 -- just made
             await asyncio.wait({self._sending})
-
-
-Recorder = Callable[[Access], None]

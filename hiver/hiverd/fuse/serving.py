@@ -197,7 +197,7 @@ class Serving:
         """What the agent has open is cut off. Idempotent."""
         fuse, self._fuse = self._fuse, None
         if fuse is not None:
-            await asyncio.to_thread(_close, fuse)
+            await asyncio.to_thread(fuse.close)
 
     async def close(self, *, remove: bool) -> None:
         """`remove`: also the copy of remote files, if nothing of it is pending."""
@@ -211,10 +211,6 @@ class Serving:
             await self._backend.close()
         if remove and done:
             await asyncio.to_thread(shutil.rmtree, self._begin.folder, ignore_errors=True)
-
-
-def _close(fuse: FuseMount) -> None:
-    fuse.close()
 
 
 def _owner_of(folder: Path) -> FolderOwner:

@@ -32,7 +32,6 @@ from hiverd.fuse.frames import (
     Recorded,
     Said,
     Tell,
-    Upload,
     frame,
     heard_of,
     read_frame,
@@ -126,8 +125,6 @@ class Worker:
                 self._serving.server.pid = pid
             case Change():
                 await self._serving.change(question)
-            case Upload(timeout_seconds=seconds):
-                await self._serving.upload(seconds)
             case Finish():
                 await self._serving.unmount()
                 self._finish()

@@ -79,8 +79,7 @@ class ConfigApplier:
             changes = diff_configs(current, effective, default_egress=self._default_egress)
             if warnings:
                 changes["warnings"] = warnings
-            await self._planner.judge(effective)
-            planned = self._planner.plan(effective)
+            planned = await self._planner.judge(effective)
             try:
                 await self._switch(sandbox, spec, effective, planned)
             except Exception as error:

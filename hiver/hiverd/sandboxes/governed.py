@@ -31,6 +31,8 @@ BEGIN_FILE: Final = "mount"
 """In a remote mount's folder: what its server was told, so that another one can go on with the uploads."""
 PROGRESS_SECONDS: Final = 2.0
 FLUSH_SECONDS: Final = 2.0
+RESUME_SECONDS: Final = 1.0
+"""Before another process goes on with the uploads of one that died."""
 
 
 class GovernedMounts:
@@ -46,6 +48,8 @@ class GovernedMounts:
         self._tasks = tasks
         self._servers: dict[str, dict[str, MountServer]] = {}
         self._finishing: set[MountServer] = set()
+        self._resuming: set[Path] = set()
+        self._closing = False
         self.on_lost: Callable[[str, str], None] | None = None
         """Called with a sandbox's id and a mount path when the process behind that mount has ended by itself."""
 
@@ -72,16 +76,18 @@ class GovernedMounts:
             raise
         return server, Mount(target=planned.target, source=str(server.mountpoint))
 
-    def use(self, sandbox_id: str, target: str, server: MountServer) -> MountServer | None:
-        """Puts a server in force; returns the one that was."""
-        mounts = self._servers.setdefault(sandbox_id, {})
-        before = mounts.get(target)
-        mounts[target] = server
-        return before
+    def use(self, sandbox_id: str, target: str, server: MountServer) -> None:
+        """Puts a server in force."""
+        self._servers.setdefault(sandbox_id, {})[target] = server
 
     def take(self, sandbox_id: str, target: str) -> MountServer | None:
         """Puts it out of force; the caller ends it."""
         return self._servers.get(sandbox_id, {}).pop(target, None)
+
+    def is_served(self, sandbox_id: str, target: str) -> bool:
+        """Whether a process of ours is behind that mount, as far as is known."""
+        server = self.find(sandbox_id, target)
+        return server is not None and not server.ended.is_set()
 
     def find(self, sandbox_id: str, target: str) -> MountServer | None:
         return self._servers.get(sandbox_id, {}).get(target)
@@ -92,9 +98,8 @@ class GovernedMounts:
         if folder.parent != self._run_dir / sandbox.id:
             return False
         server = self._server(sandbox, planned, folder.name)
-        if not await server.adopt():
+        if not await server.adopt(planned.rules, is_recording(sandbox)):
             return False
-        await server.change(planned.rules, is_recording(sandbox))
         self.use(sandbox.id, planned.target, server)
         return True
 
@@ -127,11 +132,6 @@ class GovernedMounts:
                 await server.set_recording(recording)
             except HiverError as error:
                 log.error("sandbox %s: events of mount %s are as before: %s", sandbox.key, target, error.message)
-
-    async def drop(self, server: MountServer) -> None:
-        """Ends one that was started for a change that is undone, with all that it keeps."""
-        await server.discard()
-        await asyncio.to_thread(_forget, self._data_dir / server.folder.parent.name / server.folder.name)
 
     async def end(self, server: MountServer, planned: PlannedMount) -> None:
         """The mount goes now; what is pending of a remote one is uploaded later, for as long as it takes."""
@@ -232,8 +232,14 @@ class GovernedMounts:
         finally:
             self._finishing.discard(server)
         await server.discard()
+        copy = self._data_dir / server.folder.parent.name / server.folder.name
+        while copy.is_dir() and not self._closing:  # it died before it was done
+            await asyncio.sleep(RESUME_SECONDS)
+            await self.resume({copy.parent.name})
+            if any(other.folder == server.folder for other in self._finishing):
+                return
         with contextlib.suppress(OSError):
-            (self._data_dir / server.folder.parent.name).rmdir()
+            copy.parent.rmdir()
 
     def _remove_unknown(self, sandbox_id: str) -> None:
         """Run folders that belong to no server of ours."""
@@ -250,10 +256,18 @@ class GovernedMounts:
     async def resume(self, sandbox_ids: set[str]) -> None:
         """Goes on with the uploads of sandboxes that are gone."""
         for sandbox_id in sandbox_ids:
-            busy = {server.folder.name for server in self._finishing}
             for folder in await asyncio.to_thread(_subfolders, self._data_dir / sandbox_id):
-                if folder.name not in busy:
+                busy = {server.folder.name for server in self._finishing}
+                if folder.name in busy or folder in self._resuming or self._is_in_use(sandbox_id, folder.name):
+                    continue
+                self._resuming.add(folder)
+                try:
                     await self._resume_one(sandbox_id, folder)
+                finally:
+                    self._resuming.discard(folder)
+
+    def _is_in_use(self, sandbox_id: str, name: str) -> bool:
+        return any(server.folder.name == name for server in self._servers.get(sandbox_id, {}).values())
 
     async def _resume_one(self, sandbox_id: str, folder: Path) -> None:
         begin = await asyncio.to_thread(_load, folder)
@@ -283,6 +297,7 @@ class GovernedMounts:
 
     async def close(self) -> None:
         """The server stops: mounts go on; uploads of sandboxes that are gone stop, and go on with the next start."""
+        self._closing = True
         servers = [server for mounts in self._servers.values() for server in mounts.values()]
         await asyncio.gather(*(server.leave() for server in servers))
         for server in list(self._finishing):

@@ -94,7 +94,7 @@ class Housekeeping:
         self._stored_activity = now
 
     async def sweep(self) -> None:
-        """Removes what bears our mark and belongs to no record: the remains of crashes. Opens what should be open."""
+        """Removes what bears our mark and belongs to no record: the remains of crashes. Brings back what should be."""
         found = frozenset().union(
             await self._isolation.list_owned(),
             await self._governed.list_owned(),
@@ -112,6 +112,7 @@ class Housekeeping:
             except Exception:
                 log.exception("sweep: sandbox %s could not be removed", sandbox_id)
         await self._manager.open_gates()
+        await self._manager.revive_mounts()
 
     async def sample(self) -> None:
         sandboxes = [s for s in self._manager.all() if s.ready and s.events.wants(ResourceUsageEvent)]

@@ -74,6 +74,7 @@ class Manager:
         tasks: TaskGroup,
         reconcile: Callable[[Sandbox], Awaitable[None]],
         revive: Callable[[Sandbox, str], Coroutine[Any, Any, None]],
+        missing: Callable[[Sandbox], list[str]],
         limits: ManagerLimits,
     ) -> None:
         self._isolation = isolation
@@ -88,6 +89,7 @@ class Manager:
         self._tasks = tasks
         self._reconcile = reconcile
         self._revive = revive
+        self._missing = missing
         self._governed = governed
         governed.on_lost = self._mount_lost
         self._limits = limits
@@ -388,6 +390,13 @@ class Manager:
         for sandbox in self.all():
             if sandbox.status == "running" and not self._egress.is_open(sandbox.id):
                 await self._open_gate(sandbox)
+
+    async def revive_mounts(self) -> None:
+        """Tries again where a governed mount has nothing behind it."""
+        for sandbox in self.all():
+            if sandbox.status == "running" and not sandbox.changing.locked():
+                for target in self._missing(sandbox):
+                    self._mount_lost(sandbox.id, target)
 
     async def _keep_adopting(self, sandbox: Sandbox, record: SandboxRecord) -> None:
         while sandbox.status == "starting":

@@ -84,9 +84,9 @@ class MountRecorder:
                 self._ended(message)
             case Pending(files=files):
                 self.pending = files
-            case Lost(accesses=count):
-                text = "sandbox %s: %d accesses to %s are not on record: no server ran"
-                log.warning(text, self._key, count, self._target)
+            case Lost():
+                text = "sandbox %s: %d accesses to %s and %d of its other messages are not on record: no server ran"
+                log.warning(text, self._key, message.accesses, self._target, message.others)
             case Said(level=level, text=text):
                 log.log(level, "sandbox %s, mount %s: %s", self._key, self._target, text)
 

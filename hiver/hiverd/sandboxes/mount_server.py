@@ -17,7 +17,7 @@ from hiverd.contracts.errors import HiverError
 from hiverd.files import linux
 from hiverd.fuse import launch
 from hiverd.fuse.control import Connection, MountServerLostError, error_of
-from hiverd.fuse.frames import Attach, Begin, Change, Done, Finish, Question, Quit, Tell, Upload
+from hiverd.fuse.frames import Attach, Begin, Change, Done, Finish, Question, Quit, Tell
 from hiverd.sandboxes.mount_events import Listener
 from hiverd.wire.model import AclRule
 
@@ -61,15 +61,18 @@ class MountServer:
             raise
         self._leaving = begin.mountpoint is None  # it ends by itself when nothing is pending
 
-    async def adopt(self) -> bool:
-        """Takes over one that an earlier server started. False if there is none that answers."""
+    async def adopt(self, rules: Sequence[AclRule], recording: bool) -> bool:
+        """Takes over one that an earlier server started, and makes sure of its rules. False if there is none that
+        answers."""
         if await asyncio.to_thread(launch.living_pid, self.folder) is None:
             return False
         try:
             await self._connect()
             await self._ask(Attach(number=self._number(), server_pid=os.getpid()), ANSWER_SECONDS)
+            await self.change(rules, recording)
         except (OSError, HiverError) as error:
             log.warning("mount server %s cannot be taken over: %s", self.folder, error)
+            await self.leave()
             return False
         return True
 
@@ -114,11 +117,6 @@ class MountServer:
         """What happened until now has been told when this returns, or so many seconds have passed."""
         with contextlib.suppress(HiverError):
             await self._ask(Tell(number=self._number()), seconds)
-
-    async def upload(self, seconds: float) -> int:
-        """How many files are still pending after at most so many seconds."""
-        question = Upload(number=self._number(), timeout_seconds=seconds)
-        return (await self._ask(question, seconds + ANSWER_SECONDS)).pending
 
     async def finish(self) -> None:
         """The mount goes; the process goes on uploading, and `ended` is set when it has ended."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from hiverd.contracts.errors import HiverError
 from hiverd.contracts.isolation import Mount, WorkloadSpec
 from hiverd.files.sever import sever
 from hiverd.sandboxes.governed import GovernedMounts
@@ -80,17 +81,31 @@ class Mounting:
         workload = sandbox.workload
         known = {mount.target: mount for mount in spec.mounts}
         wanted: dict[str, Mount] = {}
+        failed: dict[str, Mount] = {}
         for plan in self.planner.plan(sandbox.config):
-            if plan.kind != "internal":
+            before = known.get(plan.target)
+            if plan.kind == "internal":
+                continue
+            try:
                 wanted[plan.target] = await self._restored_one(sandbox, plan, spec.volume, known)
+            except (HiverError, OSError):
+                log.exception("sandbox %s: mount %s is not back yet", sandbox.key, plan.target)
+                if before is not None:
+                    failed[plan.target] = before
         for target, mount in known.items():
-            if wanted.get(target) != mount:
+            if target not in failed and wanted.get(target) != mount:
                 await workload.remove_mount(target)
         present = await workload.mounted_targets()
         for target, mount in wanted.items():
             if target not in present or known.get(target) != mount:
                 await workload.add_mount(mount)
-        return tuple(wanted.values())
+        return (*wanted.values(), *failed.values())
+
+    def missing(self, sandbox: Sandbox) -> list[str]:
+        """Governed mounts with nothing behind them, which `revive` may bring back."""
+        plans = self.planner.plan(sandbox.config)
+        governed = [plan.target for plan in plans if plan.kind == "governed"]
+        return [target for target in governed if not self.governed.is_served(sandbox.id, target)]
 
     async def _restored_one(self, sandbox: Sandbox, plan: PlannedMount, volume: Path, known: dict[str, Mount]) -> Mount:
         mount = known.get(plan.target)
@@ -114,6 +129,8 @@ class Mounting:
         """The process behind a mount has died: another one on the same data takes its place. May be tried again."""
         plan = next((plan for plan in self.planner.plan(sandbox.config) if plan.target == target), None)
         mount = next((mount for mount in spec.mounts if mount.target == target), None)
+        if self.governed.is_served(sandbox.id, target):
+            return  # somebody was faster
         if plan is not None and plan.kind == "governed" and mount is not None:
             await sandbox.workload.add_mount(await self._start_again(sandbox, plan, spec.volume, mount))
 
@@ -160,7 +177,7 @@ class _Switch:
 
     async def _start(self, plan: PlannedMount, folder: Path) -> Mount:
         server, mount = await self._governed.start(self._sandbox, plan, folder)
-        self._undo.append((f"end the mount server of {plan.target}", lambda: self._governed.drop(server)))
+        self._undo.append((f"end the mount server of {plan.target}", lambda: self._governed.end(server, plan)))
         self._started[plan.target] = server
         return mount
 
@@ -198,10 +215,13 @@ class _Switch:
                 log.exception("apply to %s: could not %s", self._sandbox.key, what)
 
     async def settle(self, changes: MountChanges) -> None:
-        """The change stands: servers of what was removed end."""
-        for plan in changes.removed:
-            server = self._governed.take(self._sandbox.id, plan.target)
-            if server is not None:
-                await self._governed.end(server, plan)
+        """The change stands: servers of what was removed end. Whatever that meets, it stands."""
+        gone = [(plan, self._governed.take(self._sandbox.id, plan.target)) for plan in changes.removed]
         for target, server in self._started.items():
             self._governed.use(self._sandbox.id, target, server)
+        for plan, before in gone:
+            if before is not None:
+                try:
+                    await self._governed.end(before, plan)
+                except Exception:
+                    log.exception("sandbox %s: what served %s is left to the sweep", self._sandbox.key, plan.target)

@@ -73,15 +73,19 @@ class MountPlanner:
         self._watchable = watchable
         self._imported: set[str] = set()
 
-    async def judge(self, config: SandboxConfig) -> None:
-        """As `plan`, for a configuration that is not in force yet. Plug-ins that it is the first to name are imported
-        without making others wait."""
+    async def judge(self, config: SandboxConfig) -> list[PlannedMount]:
+        """As `plan`, for a configuration that is not in force yet: the plug-ins have to take it, too. Those that it is
+        the first to name are imported without making others wait."""
         names = {entry.backend for entry in config.fs or () if not isinstance(entry, LocalFileSystem)}
         for name in names - self._imported:
-            with suppress(HiverError):  # told by `plan`, with the field
+            with suppress(HiverError):  # told below, with the field
                 await asyncio.to_thread(plugins.file_system_class, name)
                 self._imported.add(name)
-        self.plan(config)
+        plans = self.plan(config)
+        for plan in plans:
+            if plan.remote:
+                _require_plugin(plan)
+        return plans
 
     def plan(self, config: SandboxConfig) -> list[PlannedMount]:
         """Raises `UnsupportedError` or `InvalidError` naming the member that asks for too much. Creates nothing."""
@@ -93,11 +97,8 @@ class MountPlanner:
 
     def _plan_one(self, field: str, entry: AnyFileSystem, watched: bool) -> PlannedMount:
         origin = None
-        if isinstance(entry, LocalFileSystem):
-            if entry.origin is not None:
-                origin = str(resolve_origin(entry.origin, self._origin_roots, field=f"{field}.origin"))
-        else:
-            self._require_plugin(field, entry)
+        if isinstance(entry, LocalFileSystem) and entry.origin is not None:
+            origin = str(resolve_origin(entry.origin, self._origin_roots, field=f"{field}.origin"))
         kind = self._kind(entry, watched)
         if kind == "governed" and not self._fuse():
             raise UnsupportedError(
@@ -113,16 +114,6 @@ class MountPlanner:
         open_to_all = own and Rules(entry.acls or (), entry.mount).fully_open
         return "native" if open_to_all and (not watched or self._watchable()) else "governed"
 
-    def _require_plugin(self, field: str, entry: AnyFileSystem) -> None:
-        plugin = plugins.file_system_class(entry.backend, field=f"{field}.backend")
-        try:
-            plugins.build(plugin, to_builtins(entry))
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{field}.backend: {error.message}", field=f"{field}.backend") from error
-        except InvalidError as error:
-            member = f"{field}.{error.field}" if error.field else field
-            raise InvalidError(f"{member}: {error.message}", field=member) from error
-
     def prepare(self, planned: PlannedMount, volume: Path) -> Mount:
         """Makes the folder behind a local mount. Blocking; idempotent."""
         if planned.origin is not None:
@@ -132,6 +123,17 @@ class MountPlanner:
         source.mkdir(mode=0o755, exist_ok=True)
         os.chmod(source, 0o755)  # noqa: S103 -- below a 0700 folder; the umask must not decide
         return Mount(target=planned.target, source=str(source))
+
+
+def _require_plugin(plan: PlannedMount) -> None:
+    plugin = plugins.file_system_class(plan.backend, field=f"{plan.field}.backend")
+    try:
+        plugins.build(plugin, plan.entry)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{plan.field}.backend: {error.message}", field=f"{plan.field}.backend") from error
+    except InvalidError as error:
+        member = f"{plan.field}.{error.field}" if error.field else plan.field
+        raise InvalidError(f"{member}: {error.message}", field=member) from error
 
 
 class MountChanges(Struct, frozen=True):

@@ -150,3 +150,14 @@ async def test_what_a_server_took_and_did_not_record_is_told_to_the_next(tmp_pat
         outbox.record(access(11))
         outbox.attach(peer.writer)
         assert await peer.paths(5) == ["/7", "/8", "/9", "/10", "/11"]
+
+
+async def test_messages_that_nobody_hears_are_bounded_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_OTHERS", 5)
+    outbox = Outbox(asyncio.get_running_loop())
+    for number in range(8):
+        outbox.tell(Said(30, str(number)))
+    async with Peer(tmp_path / "s") as peer:
+        outbox.attach(peer.writer)
+        assert await peer.read() == Lost(0, 3)
+        assert [(await peer.read()).text for _ in range(5)] == ["3", "4", "5", "6", "7"]

@@ -121,6 +121,7 @@ class Core:
             tasks=self.tasks,
             reconcile=self.applier.reconcile,
             revive=self.applier.revive,
+            missing=self.mounting.missing,
             limits=ManagerLimits(
                 max_sandboxes=20, stop_grace_seconds=0.1, create_timeout_seconds=5, default_ttl_seconds=1800
             ),
