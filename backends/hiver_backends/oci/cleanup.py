@@ -20,6 +20,9 @@ from .runtime import ENVIRONMENT, Runtime
 from .trial import PREFIX
 from .workload import Places
 
+_ROUNDS: Final = 3
+"""A runtime that is just starting another program has no arguments to know it by, and makes groups anew until the next
+round finds it."""
 _TIMEOUT_SECONDS: Final = 20.0
 _MONITOR_SECONDS: Final = 0.5
 CREATED_MARK: Final = "created"
@@ -47,25 +50,29 @@ class Cleaner:
         """
         places = self.places(sandbox_id)
         half_made = not (places.run / CREATED_MARK).exists()
-        try:
-            if half_made:
-                # A monitor or a runtime that goes on would make more of what is being removed.
-                self._kill_monitors(sandbox_id, places)
-            if self._runtime.kind == "runsc":
-                self._delete_by_runtime(sandbox_id)
-            self._cgroups.remove(sandbox_id, _TIMEOUT_SECONDS)
-            self._let_monitors_end(sandbox_id, places)
+        for _ in range(_ROUNDS):
+            try:
+                self._remove(sandbox_id, places, half_made=half_made)
+            except OSError as error:
+                raise BackendError(f"sandbox {sandbox_id} cannot be removed: {error}") from error
+            left = self._left(sandbox_id, places)
+            if not left:
+                return half_made
+        raise BackendError(f"of sandbox {sandbox_id} there is left: {', '.join(left)}")
+
+    def _remove(self, sandbox_id: str, places: Places, *, half_made: bool) -> None:
+        if half_made:
+            # A monitor or a runtime that goes on would make more of what is being removed.
             self._kill_monitors(sandbox_id, places)
-            unmount_below(places.mount)
-            _remove_mount_folder(places.mount)
-            for folder in (self._state_dir / sandbox_id, places.run, places.log):
-                _remove_folder(folder)
-        except OSError as error:
-            raise BackendError(f"sandbox {sandbox_id} cannot be removed: {error}") from error
-        left = self._left(sandbox_id, places)
-        if left:
-            raise BackendError(f"of sandbox {sandbox_id} there is left: {', '.join(left)}")
-        return half_made
+        if self._runtime.kind == "runsc":
+            self._delete_by_runtime(sandbox_id)
+        self._cgroups.remove(sandbox_id, _TIMEOUT_SECONDS)
+        self._let_monitors_end(sandbox_id, places)
+        self._kill_monitors(sandbox_id, places)
+        unmount_below(places.mount)
+        _remove_mount_folder(places.mount)
+        for folder in (self._state_dir / sandbox_id, places.run, places.log):
+            _remove_folder(folder)
 
     def owned(self) -> frozenset[str]:
         """Ids of all sandboxes of which anything is left."""
