@@ -23,7 +23,7 @@ SEND: Final = """
 with open("/tmp/payloads.json") as file:
     payloads = json.load(file)
 def send(pieces):
-    with socket.create_connection(("8.8.8.8", 443)) as sock:
+    with socket.create_connection(("8.8.8.8", 443), timeout=15) as sock:  # each is answered, however busy the host
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in pieces:
             urgent = piece.startswith("!")
