@@ -23,7 +23,7 @@ SEND: Final = """
 with open("/tmp/payloads.json") as file:
     payloads = json.load(file)
 def send(pieces):
-    with socket.create_connection(("8.8.8.8", 443), timeout=15) as sock:  # each is answered, however busy the host
+    with socket.create_connection(("8.8.8.8", 443), timeout=15) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in pieces:
             urgent = piece.startswith("!")
@@ -35,11 +35,15 @@ for name, pieces in payloads.items():
 """
 
 
+class Urgent(bytes):
+    """Sent out of band (tcp(7), MSG_OOB)."""
+
+
 async def send_all(sandbox: Any, payloads: dict[str, list[bytes] | bytes]) -> dict[str, str]:
-    """The first seven bytes of each answer. Pieces that begin with `!` are sent as urgent."""
+    """The first seven bytes of each answer."""
 
     def text(piece: bytes) -> str:
-        return "!" + piece[1:].hex() if piece.startswith(b"!") else piece.hex()
+        return ("!" if isinstance(piece, Urgent) else "") + piece.hex()
 
     document = {
         name: [text(p) for p in ([data] if isinstance(data, bytes) else data)] for name, data in payloads.items()
@@ -141,7 +145,7 @@ def urgent_pieces(name: bytes) -> list[bytes]:
     """A hello with this name for who drops urgent bytes, and none at all for who does not."""
     data = hello(server_name(name))
     middle = data.index(name) + 2
-    return [data[:middle], b"!x", data[middle:]]
+    return [data[:middle], Urgent(b"x"), data[middle:]]
 
 
 async def test_spliced_connections_are_those_whose_hello_was_judged(sandboxes: Any) -> None:
