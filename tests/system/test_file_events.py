@@ -106,7 +106,8 @@ async def test_operations(agent: Agent, command: str, expected: list[str]) -> No
     found = await agent.after(command.format(w="/workspace"))
     wanted = [tuple(line.split()) for line in expected]
     wanted = [(operation, f"/workspace/{path}".removesuffix("/.")) for operation, path in wanted]
-    assert sorted(found) == sorted(wanted)
+    # Opening empties a file before anything is written: on a busy host these are told in two rounds.
+    assert sorted(set(found)) == sorted(wanted)
 
 
 async def test_each_mount_has_its_own_paths_and_the_rest_has_none(http: httpx.AsyncClient, new_key: Made) -> None:
