@@ -10,11 +10,11 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Final
 
+from hiver_backends.linux import host_image, references
+from hiver_backends.linux.children import Children
 from hiverd.contracts.errors import InvalidError, NotFoundError
 from hiverd.contracts.isolation import Image, Progress
 
-from . import host_image, references
-from .children import Children
 from .settings import Settings
 from .store import ImageStore
 

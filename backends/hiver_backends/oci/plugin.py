@@ -14,6 +14,16 @@ from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 
+from hiver_backends.linux import bundle, inside, livemounts, pids, seccomp, syscalls
+from hiver_backends.linux.cgroups import Cgroups
+from hiver_backends.linux.children import Children
+from hiver_backends.linux.conmon import Conmon
+from hiver_backends.linux.execs import Execs
+from hiver_backends.linux.inotify import Inotify
+from hiver_backends.linux.rootfs import RootFs
+from hiver_backends.linux.runtime import Runtime, RuntimeCalls
+from hiver_backends.linux.trial import Trial
+from hiver_backends.linux.userns import UserNamespaces
 from hiverd.contracts.errors import BackendError, ConflictError, InvalidError, SandboxGoneError, UnavailableError
 from hiverd.contracts.isolation import (
     BackendContext,
@@ -25,19 +35,10 @@ from hiverd.contracts.isolation import (
     WorkloadSpec,
 )
 
-from . import bundle, inside, livemounts, pids, seccomp, settings, syscalls
-from .cgroups import Cgroups
-from .children import Children
+from . import settings
 from .cleanup import CREATED_MARK, Cleaner
-from .conmon import Conmon
-from .execs import Execs
 from .images import Images
-from .inotify import Inotify
 from .probe import Offer, find_program, look
-from .rootfs import RootFs
-from .runtime import Runtime, RuntimeCalls
-from .trial import Trial
-from .userns import UserNamespaces
 from .workload import Engine, Identity, OciWorkload, Places
 
 _SANDBOX_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")

@@ -12,12 +12,12 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from hiver_backends.linux.conmon import ConmonProgram
+from hiver_backends.linux.runtime import ENVIRONMENT, Runtime, kind_of
+from hiver_backends.linux.trial import Trial, TrialError, VulnerableRuntimeError
 from hiverd.contracts.isolation import Finding
 
-from .conmon import ConmonProgram
-from .runtime import ENVIRONMENT, Runtime, kind_of
 from .settings import Settings
-from .trial import Trial, TrialError, VulnerableRuntimeError
 
 _PREFERENCE: Final = ("crun", "runc")
 """The fastest first. gVisor's runsc has to be named: it does not pass all of our conformance suite yet."""

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from hiver_backends.linux import syscalls
+from hiver_backends.linux.references import BUNDLE_LABEL, labels
 from hiverd.contracts.errors import InvalidError
-
-from . import syscalls
-from .references import BUNDLE_LABEL, labels
 
 _INNER_ROOT: Final = "mnt/rootfs"
 _INNER_MANIFEST: Final = "/mnt/manifest.json"

@@ -17,6 +17,16 @@ from typing import Any, Final, TypeVar
 
 from msgspec import Struct
 
+from hiver_backends.linux import bundle, livemounts, logs, network, pids
+from hiver_backends.linux.cgroups import Cgroups
+from hiver_backends.linux.children import UNKNOWN_EXIT, Child, Children
+from hiver_backends.linux.conmon import Conmon, Monitor
+from hiver_backends.linux.execs import ExecRequest, Execs
+from hiver_backends.linux.inotify import Inotify
+from hiver_backends.linux.killing import ProcessTree
+from hiver_backends.linux.rootfs import RootFs
+from hiver_backends.linux.runtime import RuntimeCalls, start_failure
+from hiver_backends.linux.terminal import EntryTerminal, record_failure
 from hiverd.contracts.errors import BackendError, SandboxGoneError
 from hiverd.contracts.isolation import (
     ExecProcess,
@@ -29,17 +39,6 @@ from hiverd.contracts.isolation import (
     WorkloadExit,
     WorkloadSpec,
 )
-
-from . import bundle, livemounts, logs, network, pids
-from .cgroups import Cgroups
-from .children import UNKNOWN_EXIT, Child, Children
-from .conmon import Conmon, Monitor
-from .execs import ExecRequest, Execs
-from .inotify import Inotify
-from .killing import ProcessTree
-from .rootfs import RootFs
-from .runtime import RuntimeCalls, start_failure
-from .terminal import EntryTerminal, record_failure
 
 _EXIT_FILE_SECONDS: Final = 10.0
 _ORPHANS_SECONDS: Final = 0.1

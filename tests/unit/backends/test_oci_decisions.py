@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from hiver_backends.oci import bundle, host_image, inside, network, pids, references, runtime, seccomp, settings
-from hiver_backends.oci.cgroups import Cgroups
-from hiver_backends.oci.livemounts import check_target
+from hiver_backends.linux import bundle, host_image, inside, network, pids, references, runtime, seccomp
+from hiver_backends.linux.cgroups import Cgroups
+from hiver_backends.linux.livemounts import check_target
+from hiver_backends.oci import settings
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.isolation import ExecSpec, Image, WorkloadSpec
 
