@@ -242,13 +242,13 @@ class TestSeccomp:
     def test_a_profile_of_ones_own(self, tmp_path: Path) -> None:
         file = tmp_path / "profile.json"
         file.write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
-        assert seccomp.load(str(file)) == {"defaultAction": "SCMP_ACT_ALLOW"}
+        assert seccomp.load(str(file), "oci") == {"defaultAction": "SCMP_ACT_ALLOW"}
         for content in ("[]", "{}", "nonsense"):
             file.write_text(content)
             with pytest.raises(InvalidError):
-                seccomp.load(str(file))
+                seccomp.load(str(file), "oci")
         with pytest.raises(InvalidError):
-            seccomp.load(str(tmp_path / "none"))
+            seccomp.load(str(tmp_path / "none"), "oci")
 
 
 class TestCgroups:
