@@ -154,7 +154,8 @@ async def _read_answer(receiver: int) -> bytes:
 def _judge(answer: bytes) -> int:
     """The pid in conmon's answer, `{"data": pid}`; a negative one comes with the runtime's message."""
     try:
-        document = json.loads(answer)
+        # For a process that has ended already, its exit code follows on a line of its own.
+        document = json.loads(answer.partition(b"\n")[0])
         number = int(document.get("data", document.get("pid", -1)))
     except (ValueError, AttributeError):
         raise BackendError("conmon ended without an answer") from None

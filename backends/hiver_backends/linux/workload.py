@@ -176,8 +176,8 @@ class ContainerWorkload(Workload):
             return False
         return True
 
-    def _hang_up(self, pid: int | None) -> bool:
-        """SIGTERM, and SIGHUP as when a terminal closes: interactive shells ignore the former."""
+    def _signal_inside(self, pid: int | None, *numbers: int) -> bool:
+        """Signals to one process of the workload; False if it is none, or gone."""
         if pid is None:
             return False
         try:
@@ -187,8 +187,8 @@ class ContainerWorkload(Workload):
         try:
             if not self._shared.cgroups.contains(self.sandbox_id, pid):
                 return False
-            pids.send_signal(descriptor, signal.SIGTERM)
-            pids.send_signal(descriptor, signal.SIGHUP)
+            for number in numbers:
+                pids.send_signal(descriptor, number)
         finally:
             os.close(descriptor)
         return True

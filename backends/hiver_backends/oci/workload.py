@@ -127,7 +127,8 @@ class OciWorkload(ContainerWorkload):
     async def _ask_to_end(self, grace_seconds: float) -> None:
         waiting: Awaitable[object]
         if self._terminal is not None:
-            if not self._hang_up(self._terminal.entrypoint_pid()):
+            # SIGHUP as well, as when a terminal closes: interactive shells ignore the former.
+            if not self._signal_inside(self._terminal.entrypoint_pid(), signal.SIGTERM, signal.SIGHUP):
                 return
             waiting = self._terminal.wait()
         elif self._spec.argv:
