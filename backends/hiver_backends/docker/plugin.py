@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
@@ -29,7 +30,7 @@ from hiverd.contracts.errors import (
 )
 from hiverd.contracts.isolation import BackendContext, Finding, Image, Isolation, Progress, Workload, WorkloadSpec
 
-from . import below, documents, layers, rootswap, settings
+from . import below, documents, layers, rootswap, settings, trial
 from .engine import EngineApi
 from .groups import ContainerCgroups
 from .images import Images, Prepared
@@ -39,6 +40,7 @@ from .programs import Programs
 from .workload import DockerWorkload, Identity
 
 _SANDBOX_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
+_ORPHANS_SECONDS: Final = 0.1
 _T = TypeVar("_T")
 
 
@@ -102,6 +104,8 @@ class DockerIsolation(Isolation):
             programs = Programs(self.context.run_dir / "x", offer.conmon, shared, self._settings.log_max_bytes)
             self._started = _Started(offer, offer.init, programs)
             await self._in_pool(lambda: self._prepare_folders(programs))
+            await trial.sweep(self)
+            await trial.run(self, self.context.data_dir / "trial")
         except BaseException:
             await self.close()
             raise
@@ -238,8 +242,16 @@ class DockerIsolation(Isolation):
     async def destroy(self, sandbox_id: str, state: Mapping[str, Any] | None) -> None:
         self._ready()
         places = self._folders.of(_checked_id(sandbox_id))
-        await self._engine.remove(documents.container_name(self.context.instance, sandbox_id))
-        self._children.reap_orphans(lambda pid: self._cgroups.contains(sandbox_id, pid))
+        inside_it = partial(self._cgroups.contains, sandbox_id)
+        name = documents.container_name(self.context.instance, sandbox_id)
+        job = asyncio.ensure_future(self._engine.remove(name))
+        try:
+            while not (await asyncio.wait({job}, timeout=_ORPHANS_SECONDS))[0]:
+                # An unreaped orphan of ours inside holds up the end of its pid namespace.
+                self._children.reap_orphans(inside_it)
+        finally:
+            job.cancel()
+        await job
         await self._in_pool(places.remove)
         self._cgroups.forget(sandbox_id)
         self._children.reap_orphans_later()
