@@ -12,13 +12,23 @@ from typing import Any, Final, TypeVar
 import aiodocker
 import aiohttp
 
-from hiverd.contracts.errors import BackendError, ConflictError, HiverError, NotFoundError, UnavailableError
+from hiverd.contracts.errors import (
+    BackendError,
+    ConflictError,
+    HiverError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
 from hiverd.contracts.isolation import Progress
 
 _T = TypeVar("_T")
 _PULL_IDLE_SECONDS: Final = 120.0
 """A pull that says nothing for so long has died."""
 _REMOVAL_SECONDS: Final = 60.0
+_UNKNOWN_IMAGE: Final = (
+    "manifest unknown", "name unknown", "not found", "does not exist", "denied", "unauthorized", "no basic auth",
+)  # fmt: skip
 _MAX_FILE_BYTES: Final = 8 * 1024 * 1024
 
 
@@ -86,7 +96,8 @@ class EngineApi:
         await self._call(_drained(self._docker().images.import_image(io.BytesIO(archive))), "load an image")
 
     async def pull(self, reference: str, credentials: Mapping[str, str] | None, progress: Progress) -> None:
-        """Pulls by name with a tag or digest. Raises `NotFoundError` if there is no such image to be had."""
+        """Pulls by name with a tag or digest. Raises `NotFoundError` if there is no such image to be had, and
+        `InvalidError` if its registry fails."""
         auth = dict(credentials) if credentials else None
         if auth and "/" not in reference:
             reference = f"library/{reference}"  # the same image; the client wants a slash where it sends credentials
@@ -98,6 +109,8 @@ class EngineApi:
                     entry = await anext(iterator)
             except StopAsyncIteration:
                 return
+            except aiodocker.exceptions.DockerError as error:
+                raise _pull_error(error, reference) from error
             except Exception as error:
                 raise _translated(error, f"pull {reference}", _PULL_IDLE_SECONDS) from error
             progress(_progress_line(entry))
@@ -156,6 +169,16 @@ def _api_error(error: aiodocker.exceptions.DockerError, what: str) -> HiverError
     if error.status == 409:
         return ConflictError(text)
     return UnavailableError(text) if error.status == 503 else BackendError(text)
+
+
+def _pull_error(error: aiodocker.exceptions.DockerError, reference: str) -> HiverError:
+    """The Engine has 500 for most of what a registry answers."""
+    reason = error.message
+    if error.status == 503:
+        return UnavailableError(f"Docker cannot pull {reference}: {reason}")
+    if error.status in {401, 403, 404} or any(sign in reason.lower() for sign in _UNKNOWN_IMAGE):
+        return NotFoundError(reason)
+    return InvalidError(f"image {reference!r} cannot be pulled: {reason}", field="image")
 
 
 def _progress_line(entry: Mapping[str, Any]) -> str:
