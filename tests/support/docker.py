@@ -87,18 +87,19 @@ class Engine:
             self.import_image(IMAGE, _busybox())
             self._try_container()
         except (EngineFailed, TimeoutError, OSError) as error:
-            reason = f"{error}\n{self.log_tail()}".strip()
+            reason = str(error) if isinstance(error, EngineFailed) else f"{error}\n{self.log_tail()}".strip()
             self.clean()
             raise EngineFailed(reason) from error
 
     def start_dockerd(self) -> None:
         """dockerd alone, as after `stop_dockerd`; returns when it answers."""
         program = shutil.which("dockerd", path=_PATH) or ""
+        (self.run_dir / "docker.pid").unlink(missing_ok=True)  # one that was killed left it, and may be a zombie still
         self._spawn(program, "--config-file", str(self.run_dir / "daemon.json"))
 
         def up() -> bool:
             if not self.dockerd_pids():
-                raise EngineFailed("dockerd ended before it answered")
+                raise EngineFailed(f"dockerd ended before it answered\n{self.log_tail()}")
             return self.answers()
 
         until(lambda: bool(self.dockerd_pids()), seconds=5, what="dockerd runs")

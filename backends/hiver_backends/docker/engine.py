@@ -29,6 +29,8 @@ _REMOVAL_SECONDS: Final = 60.0
 _UNKNOWN_IMAGE: Final = (
     "manifest unknown", "name unknown", "not found", "does not exist", "denied", "unauthorized", "no basic auth",
 )  # fmt: skip
+_NO_CONNECTION: Final = 900
+"""The client's own status for an Engine that it cannot reach."""
 _MAX_FILE_BYTES: Final = 8 * 1024 * 1024
 
 
@@ -168,13 +170,13 @@ def _api_error(error: aiodocker.exceptions.DockerError, what: str) -> HiverError
         return NotFoundError(text)
     if error.status == 409:
         return ConflictError(text)
-    return UnavailableError(text) if error.status == 503 else BackendError(text)
+    return UnavailableError(text) if error.status in {503, _NO_CONNECTION} else BackendError(text)
 
 
 def _pull_error(error: aiodocker.exceptions.DockerError, reference: str) -> HiverError:
     """The Engine has 500 for most of what a registry answers."""
     reason = error.message
-    if error.status == 503:
+    if error.status in {503, _NO_CONNECTION}:
         return UnavailableError(f"Docker cannot pull {reference}: {reason}")
     if error.status in {401, 403, 404} or any(sign in reason.lower() for sign in _UNKNOWN_IMAGE):
         return NotFoundError(reason)
