@@ -10,7 +10,7 @@ PYTEST := $(SUDO) $(PYTHON) -m pytest -p no:cacheprovider -n $(WORKERS) --maxpro
 PYTHONPATH_TESTS := PYTHONPATH=tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup setup-tests test test-fast test-clients lint format bench clean
+.PHONY: help demo setup setup-tests test test-fast test-docker test-clients lint format bench clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -33,6 +33,11 @@ test-fast: setup-tests ## the same without the tests that take minutes
 	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.clients
 	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.object_services
 	@exec $(PYTEST) -m "not slow" tests
+
+test-docker: setup-tests ## every test that has a server, on Docker Engine
+	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.clients
+	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.object_services
+	@exec $(PYTEST) --backend=docker tests/contract tests/system
 
 test-clients: setup-tests ## the contract tests with every published release of the client
 	@env HIVER_TEST_CLIENTS=all $(PYTHONPATH_TESTS) $(PYTHON) -m support.clients

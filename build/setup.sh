@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Program to look for -> package that holds it.
 RUN_PROGRAMS=(runc:runc conmon:conmon catatonit:catatonit skopeo:skopeo umoci:umoci ip:iproute2 nft:nftables mkfs.ext4:e2fsprogs /usr/bin/python3:python3)
-TEST_PROGRAMS=(docker-registry:docker-registry busybox:busybox-static wrk:wrk stress-ng:stress-ng curl:curl wget:wget git:git npm:npm node:nodejs certutil:libnss3-tools rsync:rsync sqlite3:sqlite3)
+TEST_PROGRAMS=(dockerd:docker.io docker-registry:docker-registry busybox:busybox-static wrk:wrk stress-ng:stress-ng curl:curl wget:wget git:git npm:npm node:nodejs certutil:libnss3-tools rsync:rsync sqlite3:sqlite3)
 
 wanted=("${RUN_PROGRAMS[@]}")
 if [[ "${1:-}" == "--tests" ]]; then
@@ -30,6 +30,31 @@ missing_packages() {
     done
 }
 
+# Some packages start services of their own; the tests start registries and Docker Engines themselves, and a system on
+# which nothing of that ran before stays so.
+install_without_services() {
+    local policy=/usr/sbin/policy-rc.d made="" unit package
+    local -a resting=()
+    local -A units=([docker.io]="docker.socket docker containerd" [docker-registry]="docker-registry")
+    for package in "$@"; do
+        for unit in ${units[$package]:-}; do
+            systemctl is-active --quiet "$unit" 2>/dev/null || resting+=("$unit")
+        done
+    done
+    if [[ ! -e $policy ]]; then
+        made=yes
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" > /dev/null
+        as_root chmod 755 "$policy"
+    fi
+    local status=0
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@" || status=$?
+    [[ -z $made ]] || as_root rm -f "$policy"
+    ((status == 0)) || return "$status"
+    if [[ -d /run/systemd/system ]] && ((${#resting[@]})); then
+        as_root systemctl disable --now "${resting[@]}"
+    fi
+}
+
 install_packages() {
     local -a packages
     mapfile -t packages < <(missing_packages)
@@ -40,10 +65,10 @@ install_packages() {
     fi
     say "installing ${packages[*]}"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${packages[@]}"
-    # This package starts a service of its own; the tests start registries themselves.
-    if [[ " ${packages[*]} " == *" docker-registry "* && -d /run/systemd/system ]]; then
-        as_root systemctl disable --now docker-registry
+    install_without_services "${packages[@]}"
+    # Where the command-line program is a package of its own; benchmarks compare with it.
+    if ! command -v docker > /dev/null && [[ " ${packages[*]} " == *" docker.io "* ]]; then
+        install_without_services docker-cli
     fi
     local -a left
     mapfile -t left < <(missing_packages)

@@ -2,23 +2,82 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import httpx
 import pytest
 
+from support import leaks
+from support.docker import Engine, EngineFailed, SharedEngine
 from support.leaks import marks_of, wait_until_clean
-from support.server import Server
+from support.server import OCI, Backend, Server
 
 MakeServer = Callable[..., Server]
 
+BACKENDS: Final = ("oci", "docker")
+NO_DOCKER: Final = "docker cannot be tested here: "
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=[*BACKENDS, "both"],
+        default=os.environ.get("HIVER_TEST_BACKEND") or None,
+        help="isolation plug-in for all tests with a server; without it: oci, and docker too where a test is marked so",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whoever has a server has it by a plug-in: one session after the other, so that servers need not change."""
+    if "isolated_by" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.config.getoption("--backend")
+    doubled = metafunc.definition.get_closest_marker("both_backends") is not None
+    names = [chosen] if chosen in BACKENDS else BACKENDS if chosen == "both" or doubled else ["oci"]
+    metafunc.parametrize("isolated_by", names, indirect=True, scope="session")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not tested is said once, where nobody misses it."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = [str(report.longrepr) for report in reports if NO_DOCKER in str(report.longrepr)]
+    if reasons:
+        reason = reasons[0].partition(NO_DOCKER)[2].rstrip("')")
+        terminalreporter.section(f"{len(reasons)} TESTS ON DOCKER WERE SKIPPED", red=True, bold=True)
+        terminalreporter.write_line(reason.replace("\\n", "\n"))
+
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def docker_engine() -> Iterator[Engine]:
+    """The tests' own Docker Engine; all workers share it."""
+    try:
+        shared = SharedEngine()
+        engine = shared.__enter__()
+    except EngineFailed as error:
+        pytest.skip(f"{NO_DOCKER}{error}")
+    leaks.engines.append(engine)
+    yield engine
+    leaks.engines.remove(engine)
+    shared.__exit__()
+
+
+@pytest.fixture(scope="session")
+def isolated_by(request: pytest.FixtureRequest) -> Backend:
+    """How the servers of this test isolate."""
+    if request.param == "oci":
+        return OCI
+    engine: Engine = request.getfixturevalue("docker_engine")
+    return Backend("docker", engine.host)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, isolated_by: Backend) -> Iterator[Server]:
     """One `hiver serve --ephemeral` for all tests of this worker. Nothing may be left of it."""
-    server = Server(tmp_path_factory.mktemp("server"))
+    server = Server(tmp_path_factory.mktemp("server"), backend=isolated_by)
     with server:
         marks = marks_of(server.data_dir)
         yield server
@@ -27,13 +86,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def make_server(tmp_path: Path) -> Iterator[MakeServer]:
+def make_server(tmp_path: Path, isolated_by: Backend) -> Iterator[MakeServer]:
     """Builds further servers, not started. When the test ends, all sandboxes go, also those that were to outlive their
     server, and nothing may be left."""
     made: list[Server] = []
 
     def make(**options: object) -> Server:
-        server = Server(tmp_path / f"server{len(made)}", **options)  # type: ignore[arg-type]
+        server = Server(tmp_path / f"server{len(made)}", **{"backend": isolated_by, **options})  # type: ignore[arg-type]
         made.append(server)
         return server
 

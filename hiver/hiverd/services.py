@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import IO
 
+from hiverd import choosing
 from hiverd.clock import SystemClock
 from hiverd.contracts.errors import UnavailableError
 from hiverd.contracts.isolation import BackendContext, Isolation
@@ -107,10 +108,12 @@ class Services:
         name = self.settings.server.container_backend
         if self._isolation_class is None:
             await gate.probe()  # better told now than with every sandbox
-        plugin = self._isolation_class or isolation_class("oci" if name == "auto" else name)
-        isolation = plugin(backend_context(self.settings, name))
-        await isolation.start()
-        return isolation
+
+        def build(name: str) -> Isolation:
+            return (self._isolation_class or isolation_class(name))(backend_context(self.settings, name))
+
+        memory = self.settings.server.data_dir / "isolation"
+        return await choosing.started(name, build, memory=memory, occupied=bool(await self.records.load()))
 
     def _compose(self) -> None:
         settings = self.settings
@@ -228,7 +231,6 @@ def _remove_run_folder(settings: Settings) -> None:
 
 def backend_context(settings: Settings, name: str) -> BackendContext:
     """What an isolation plug-in gets."""
-    name = "oci" if name == "auto" else name
     data_dir = settings.server.data_dir
     instance = instance_of(data_dir)
     run_dir = settings.server.run_dir / instance / name

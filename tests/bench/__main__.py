@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from bench import buckets, egress, fuse, measures, trees
+from bench import buckets, docker, egress, fuse, measures, trees
 from bench.bare import BareRuntime
 from bench.report import Row, table, write_json
 from support.leaks import marks_of, wait_until_clean
@@ -62,6 +62,7 @@ def main() -> int:
             "egress": lambda: egress.measure(folder),
             "fuse": lambda: fuse.measure(folder),
             "buckets": buckets.measure,
+            "docker": lambda: docker.measure(folder),
         }
         with_server: dict[str, Callable[[], list[Row]]] = {
             "create": lambda: measures.create_to_first_exec(server, runtime),

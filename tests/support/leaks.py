@@ -12,9 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from support.docker import Engine, traces_in
 from support.waiting import until
 
 _CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
+
+engines: Final[list[Engine]] = []
+"""Docker Engines that are looked at as well."""
 
 
 def marks_of(data_dir: Path, sandbox_ids: Iterable[str] = ()) -> frozenset[str]:
@@ -34,6 +38,7 @@ def traces(marks: Iterable[str]) -> list[str]:
         *_named_namespaces(wanted),
         *_loop_devices(wanted),
         *_run_files(wanted),
+        *(trace for engine in engines if engine.answers() for trace in traces_in(engine, wanted)),
     ]
     return sorted(set(found))
 

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 HIVER: Final = os.environ.get("HIVER_TEST_COMMAND") or str(Path(sys.executable).parent / "hiver")
@@ -53,6 +53,21 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, **(extra or {})}
 
 
+class Backend(NamedTuple):
+    """An isolation plug-in that servers of tests are told to use."""
+
+    name: str
+    docker_host: str = ""
+    """The Engine that `docker` is to use."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"DOCKER_HOST": self.docker_host} if self.docker_host else {}
+
+
+OCI: Final = Backend("oci")
+
+
 class ServerFailed(Exception):  # noqa: N818 -- the name says what happened
     """The server did not start, or did not stop; the message ends with its log."""
 
@@ -68,6 +83,7 @@ class Server:
         config: str = DEFAULT_CONFIG,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        backend: Backend = OCI,
     ) -> None:
         self.folder = folder
         self.data_dir = folder / "data"
@@ -77,7 +93,8 @@ class Server:
         self.port = free_port()
         self._config = config
         self._arguments = tuple(arguments)
-        self._environment = clean_environment(environment)
+        self.backend = backend
+        self._environment = clean_environment({**backend.environment, **(environment or {})})
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -96,7 +113,7 @@ class Server:
     def command(self) -> list[str]:
         """The argv of the server."""
         argv = [HIVER, "serve", "--port", str(self.port), "--data-dir", str(self.data_dir)]
-        argv += ["--config", str(self.config_path)]
+        argv += ["--config", str(self.config_path), "--container-backend", self.backend.name]
         if self.ephemeral:
             argv.append("--ephemeral")
         return [*argv, *self._arguments]

@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from hiver_backends.oci import syscalls
-from hiver_backends.oci.execs import Execs
+from hiver_backends.linux import syscalls
+from hiver_backends.linux.execs import Execs
 from hiverd.contracts.errors import SandboxGoneError
 from hiverd.contracts.isolation import WorkloadSpec
 from hiverd.testing.isolation_harness import eventually, run

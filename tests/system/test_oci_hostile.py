@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hiver_backends.oci import OciIsolation, bundle
+from hiver_backends.linux import bundle
+from hiver_backends.oci import OciIsolation
 from hiverd.contracts.isolation import Isolation, Workload
 from hiverd.testing.isolation_harness import run
 from system.oci_support import OciHarness, needs_oci

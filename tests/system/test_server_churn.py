@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from support.leaks import marks_of, traces, wait_until_clean
-from support.server import DEFAULT_CONFIG, Server, keys_of
+from support.server import DEFAULT_CONFIG, Backend, Server, keys_of
 from support.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -21,9 +21,9 @@ CYCLES = int(os.environ.get("HIVER_TEST_CHURN_CYCLES", "1000"))
 AT_A_TIME = 50
 
 
-async def test_cycles_leave_nothing(tmp_path: Path) -> None:
+async def test_cycles_leave_nothing(tmp_path: Path, isolated_by: Backend) -> None:
     # Without volumes kept ready: what bears the server's mark is then the server itself.
-    server = Server(tmp_path, ephemeral=True, config=DEFAULT_CONFIG + "[files]\nvolume_warm = 0\n")
+    server = Server(tmp_path, ephemeral=True, config=DEFAULT_CONFIG + "[files]\nvolume_warm = 0\n", backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
     process = psutil.Process(server.pid)
@@ -74,9 +74,9 @@ async def settled(server: Server) -> None:
     until(lambda: keys_of(server) == [], seconds=60, what="no sandbox left")
 
 
-async def test_races_of_create_exec_and_shutdown(tmp_path: Path) -> None:
+async def test_races_of_create_exec_and_shutdown(tmp_path: Path, isolated_by: Backend) -> None:
     """All at once on few keys: every answer is one that the documentation names, and nothing stays."""
-    server = Server(tmp_path, ephemeral=True)
+    server = Server(tmp_path, ephemeral=True, backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
     seen: set[int] = set()

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from support.leaks import marks_of, wait_until_clean
-from support.server import Server, keys_of
+from support.server import Backend, Server, keys_of
 from support.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -60,8 +60,8 @@ async def busy(client: httpx.AsyncClient, base: str, number: int) -> None:
     await asyncio.gather(forever(churn), forever(churn), forever(exec_), forever(apply))
 
 
-async def test_kill_at_any_moment(tmp_path: Path) -> None:
-    server = Server(tmp_path, ephemeral=False)
+async def test_kill_at_any_moment(tmp_path: Path, isolated_by: Backend) -> None:
+    server = Server(tmp_path, ephemeral=False, backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
     random.seed(20)
@@ -118,8 +118,8 @@ async def wait_for_only(client: httpx.AsyncClient, key: str) -> None:
             await client.delete(f"/sandbox/{entry['id']}/v1/{entry['key']}")
 
 
-async def test_a_ttl_counts_on_while_no_server_runs(tmp_path: Path) -> None:
-    server = Server(tmp_path, ephemeral=False)
+async def test_a_ttl_counts_on_while_no_server_runs(tmp_path: Path, isolated_by: Backend) -> None:
+    server = Server(tmp_path, ephemeral=False, backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
     async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from support.leaks import marks_of, wait_until_clean
-from support.server import DEFAULT_CONFIG, Server
+from support.server import DEFAULT_CONFIG, Backend, Server
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -34,8 +34,8 @@ async def typical_ms(client: httpx.AsyncClient, base: str) -> float:
 
 
 @pytest.mark.parametrize("hog", HOGS)
-async def test_a_hog_hurts_only_itself(tmp_path: Path, hog: str) -> None:
-    server = Server(tmp_path, config=DEFAULT_CONFIG + "[sandbox]\ndisk_mib = 256\n")
+async def test_a_hog_hurts_only_itself(tmp_path: Path, isolated_by: Backend, hog: str) -> None:
+    server = Server(tmp_path, config=DEFAULT_CONFIG + "[sandbox]\ndisk_mib = 256\n", backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:

@@ -12,7 +12,7 @@ import pytest
 
 from support.leaks import marks_of, wait_until_clean
 from support.memory import GROWTH_BYTES, MIB, Peak
-from support.server import Server
+from support.server import Backend, Server
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -21,8 +21,8 @@ FILE_MIB = int(os.environ.get("HIVER_TEST_FILE_MIB", "1024"))
 
 
 @pytest.fixture
-async def sandbox(tmp_path: Path) -> AsyncIterator[tuple[Server, httpx.AsyncClient, str]]:
-    server = Server(tmp_path)
+async def sandbox(tmp_path: Path, isolated_by: Backend) -> AsyncIterator[tuple[Server, httpx.AsyncClient, str]]:
+    server = Server(tmp_path, backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
     async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:

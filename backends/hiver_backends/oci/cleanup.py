@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Final
 
+from hiver_backends.linux import pids
+from hiver_backends.linux.cgroups import Cgroups
+from hiver_backends.linux.rootfs import mounts_below, unmount_below
+from hiver_backends.linux.runtime import ENVIRONMENT, Runtime
+from hiver_backends.linux.trial import PREFIX
 from hiverd.contracts.errors import BackendError
 
-from . import pids
-from .cgroups import Cgroups
-from .rootfs import mounts_below, unmount_below
-from .runtime import ENVIRONMENT, Runtime
-from .trial import PREFIX
 from .workload import Places
 
 _ROUNDS: Final = 3

@@ -14,6 +14,18 @@ from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 
+from hiver_backends.linux import bundle, inside, livemounts, pids, seccomp, syscalls
+from hiver_backends.linux.cgroups import Cgroups
+from hiver_backends.linux.children import Children
+from hiver_backends.linux.conmon import Conmon
+from hiver_backends.linux.execs import Execs
+from hiver_backends.linux.inotify import Inotify
+from hiver_backends.linux.rootfs import RootFs
+from hiver_backends.linux.runtime import Runtime, RuntimeCalls
+from hiver_backends.linux.tools import find_program
+from hiver_backends.linux.trial import Trial
+from hiver_backends.linux.userns import UserNamespaces
+from hiver_backends.linux.workload import Shared
 from hiverd.contracts.errors import BackendError, ConflictError, InvalidError, SandboxGoneError, UnavailableError
 from hiverd.contracts.isolation import (
     BackendContext,
@@ -25,19 +37,10 @@ from hiverd.contracts.isolation import (
     WorkloadSpec,
 )
 
-from . import bundle, inside, livemounts, pids, seccomp, settings, syscalls
-from .cgroups import Cgroups
-from .children import Children
+from . import settings
 from .cleanup import CREATED_MARK, Cleaner
-from .conmon import Conmon
-from .execs import Execs
 from .images import Images
-from .inotify import Inotify
-from .probe import Offer, find_program, look
-from .rootfs import RootFs
-from .runtime import Runtime, RuntimeCalls
-from .trial import Trial
-from .userns import UserNamespaces
+from .probe import Offer, look
 from .workload import Engine, Identity, OciWorkload, Places
 
 _SANDBOX_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
@@ -55,7 +58,7 @@ class OciIsolation(Isolation):
         """Raises `InvalidError` naming a wrong option."""
         super().__init__(context)
         self._settings = settings.parse(context.options)
-        self._seccomp = seccomp.load(self._settings.seccomp)
+        self._seccomp = seccomp.load(self._settings.seccomp, "oci")
         self._cgroups = Cgroups(context.instance)
         self._namespaces = UserNamespaces()
         self._rootfs = RootFs(self._namespaces)
@@ -85,9 +88,17 @@ class OciIsolation(Isolation):
         execs = Execs(self.context.run_dir / "x", calls, self._children, self._pool)
         conmon = Conmon(offer.conmon, calls, self._children, self._settings.log_max_bytes)
         engine = Engine(
-            calls=calls, conmon=conmon, execs=execs, children=self._children, cgroups=self._cgroups,
-            inotify=self._inotify, rootfs=self._rootfs, pool=self._pool,
-        )  # fmt: skip
+            calls=calls,
+            conmon=conmon,
+            execs=execs,
+            shared=Shared(
+                children=self._children,
+                cgroups=self._cgroups,
+                inotify=self._inotify,
+                rootfs=self._rootfs,
+                pool=self._pool,
+            ),
+        )
         folders = Places(run=self.context.run_dir / "s", log=self.context.data_dir / "sandboxes", mount=self._mount_dir)
         cleaner = Cleaner(folders, self._state_dir, self._cgroups, offer.runtime)
         self._started = _Started(engine, cleaner, offer.runtime, offer.init)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
+from hiver_backends.linux.conmon import ConmonProgram
+from hiver_backends.linux.runtime import Runtime, kind_of
+from hiver_backends.linux.tools import find_conmon, find_program, output_of, privileges, program_finding, run_folder
+from hiver_backends.linux.trial import Trial, TrialError, VulnerableRuntimeError
 from hiverd.contracts.isolation import Finding
 
-from .conmon import ConmonProgram
-from .runtime import ENVIRONMENT, Runtime, kind_of
 from .settings import Settings
-from .trial import Trial, TrialError, VulnerableRuntimeError
 
 _PREFERENCE: Final = ("crun", "runc")
 """The fastest first. gVisor's runsc has to be named: it does not pass all of our conformance suite yet."""
-_MAX_RUN_DIR_BYTES: Final = 52
-"""What sockets below it leave of the 107 bytes of unix(7)."""
 
 
 class Offer(Struct, frozen=True, kw_only=True):
@@ -43,18 +40,13 @@ class Remembered(Struct, frozen=True):
     """What was tried before it, and why it did not work."""
 
 
-def find_program(name: str) -> str | None:
-    """An absolute path; programs of the system's administrator (`sbin`) are found as well."""
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:{ENVIRONMENT['PATH']}")
-
-
 def look(settings: Settings, run_dir: Path, memory: Path, trial: Trial) -> Offer:
     """Looks for everything. `memory` is the file in which the answer of the probing run is kept."""
-    findings = [_privileges(), _run_dir(run_dir)]
-    conmon = _conmon(settings)
+    findings = [privileges(), run_folder(run_dir)]
+    conmon = find_conmon(settings.conmon)
     init = find_program(settings.init)
-    findings.append(_program("conmon", settings.conmon, conmon.path if conmon else None, "conmon"))
-    findings.append(_program("init", settings.init, init, "catatonit"))
+    findings.append(program_finding("conmon", settings.conmon, conmon.path if conmon else None, "conmon"))
+    findings.append(program_finding("init", settings.init, init, "catatonit"))
     runtime = None
     if all(finding.ok for finding in findings):
         runtime, finding = _runtime(settings, init or "", memory, trial)
@@ -63,43 +55,6 @@ def look(settings: Settings, run_dir: Path, memory: Path, trial: Trial) -> Offer
         findings.append(_userns(settings, runtime))
     findings.append(_image_tools())
     return Offer(runtime=runtime, conmon=conmon, init=init, findings=findings)
-
-
-def _privileges() -> Finding:
-    root = os.geteuid() == 0
-    detail = "running as root" if root else f"running as user {os.geteuid()}"
-    return Finding("privileges", root, detail, remedy="" if root else "start the server as root: sudo hiver serve ...")
-
-
-def _run_dir(run_dir: Path) -> Finding:
-    fits = len(os.fsencode(run_dir)) <= _MAX_RUN_DIR_BYTES
-    remedy = "" if fits else f"choose a run folder whose path has at most {_MAX_RUN_DIR_BYTES} bytes"
-    return Finding("run folder", fits, str(run_dir), remedy=remedy)
-
-
-def _program(title: str, wanted: str, found: str | None, package: str) -> Finding:
-    if found is not None:
-        return Finding(title, ok=True, detail=found)
-    return Finding(title, ok=False, detail=f"{wanted} is not installed", remedy=f"apt-get install {package}")
-
-
-def _conmon(settings: Settings) -> ConmonProgram | None:
-    path = find_program(settings.conmon)
-    if path is None:
-        return None
-    return ConmonProgram(
-        path=path, version=_output(path, "--version"), skips_log_sync="--no-sync-log" in _output(path, "--help")
-    )
-
-
-def _output(*argv: str) -> str:
-    try:
-        result = subprocess.run(
-            argv, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return result.stdout.strip()
 
 
 def _candidates(settings: Settings) -> list[Runtime]:
@@ -118,7 +73,7 @@ def _candidates(settings: Settings) -> list[Runtime]:
 
 
 def _version(path: str) -> str:
-    return _output(path, "--version").partition("\n")[0]
+    return output_of(path, "--version").partition("\n")[0]
 
 
 def _runtime(settings: Settings, init: str, memory: Path, trial: Trial) -> tuple[Runtime | None, Finding]:

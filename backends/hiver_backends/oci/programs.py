@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from . import pids
-from .children import Children
+from hiver_backends.linux import pids
+from hiver_backends.linux.children import Children
 
 _REAP_SECONDS: Final = 5.0
 

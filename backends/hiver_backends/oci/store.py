@@ -20,12 +20,13 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from hiver_backends.linux import references
+from hiver_backends.linux.children import Children
+from hiver_backends.linux.references import Source
 from hiverd.contracts.errors import BackendError, InvalidError, NotFoundError, UnavailableError
 from hiverd.contracts.isolation import Image, Progress
 
-from . import programs, references, unpacked
-from .children import Children
-from .references import Source
+from . import programs, unpacked
 from .settings import Settings
 
 _T = TypeVar("_T")

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from hiver_backends.linux import bundles, syscalls
+from hiver_backends.linux.references import BUNDLE_LABEL, labels
 from hiverd.contracts.errors import InvalidError
 
-from . import syscalls
-from .references import BUNDLE_LABEL, labels
-
-_INNER_ROOT: Final = "mnt/rootfs"
-_INNER_MANIFEST: Final = "/mnt/manifest.json"
-_INNER_BLOBS: Final = "/mnt/blobs"
 _MAX_DOCUMENT_BYTES: Final = 8 * 1024 * 1024
 
 
@@ -24,7 +20,7 @@ def publish(work: Path, document: Mapping[str, Any], target: Path, reference: st
     root = work / "bundle" / "rootfs"
     if labels(document).get(BUNDLE_LABEL) == "1":
         document = _inner_document(root, reference)
-        root = root / _INNER_ROOT
+        root = root / bundles.INNER_ROOT
         if root.is_symlink() or not root.is_dir():
             raise InvalidError(f"image {reference!r} is a bundle without an inner root", field="image")
     finished = work / "finished"
@@ -40,11 +36,8 @@ def publish(work: Path, document: Mapping[str, Any], target: Path, reference: st
 
 def _inner_document(root: Path, reference: str) -> dict[str, Any]:
     try:
-        manifest = _read_inside(root, _INNER_MANIFEST)
-        if isinstance(manifest, list):  # the form of `docker save`
-            manifest = manifest[0]
-        named = manifest["config"]["digest"] if "config" in manifest else manifest["Config"]
-        document = _read_first(root, _blob_paths(str(named)))
+        manifest = _read_inside(root, bundles.INNER_MANIFEST)
+        document = _read_first(root, bundles.configuration_paths(manifest))
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InvalidError(
             f"image {reference!r} is a bundle without a readable configuration", field="image"
@@ -54,14 +47,7 @@ def _inner_document(root: Path, reference: str) -> dict[str, Any]:
     return document
 
 
-def _blob_paths(name: str) -> list[str]:
-    algorithm, colon, value = name.partition(":")
-    if not colon:
-        return [f"{_INNER_BLOBS}/{name}", f"{_INNER_BLOBS}/{name.removeprefix('blobs/')}"]
-    return [f"{_INNER_BLOBS}/{algorithm}/{value}", f"{_INNER_BLOBS}/{value}", f"{_INNER_BLOBS}/{name}"]
-
-
-def _read_first(root: Path, paths: list[str]) -> Any:
+def _read_first(root: Path, paths: Sequence[str]) -> Any:
     for path in paths[:-1]:
         try:
             return _read_inside(root, path)

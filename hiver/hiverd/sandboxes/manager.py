@@ -7,6 +7,7 @@ Whatever happens in between, a restart finds the record and either adopts what r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -43,6 +44,8 @@ from hiverd.wire.events import SystemShutdownEvent, SystemStartEvent
 log = logging.getLogger(__name__)
 
 DESTROY_RETRY_SECONDS: Final = (0.1, 0.5, 2.0, 5.0, 15.0, 60.0)
+AWAY_RETRY_SECONDS: Final = 1.0
+"""An engine that is away comes back whole."""
 ADOPT_RETRY_SECONDS: Final = 5.0
 CUT_SECONDS: Final = 2.0
 """After SIGKILL: how long a workload's processes may wait for remote files."""
@@ -137,7 +140,7 @@ class Manager:
                 await asyncio.shield(sandbox.created)
                 return sandbox, True
             if existing.status == "stopping":
-                await existing.destroyed.wait()
+                await existing.until_destroyed()
                 continue
             await asyncio.shield(existing.created)
             if existing.status == "running":
@@ -180,8 +183,11 @@ class Manager:
                 workload = await self._build(sandbox)
         except Exception as error:
             log.warning("create %s: failed: %s", sandbox.key, error, exc_info=not isinstance(error, HiverError))
-            # Told only when the key is free again, so that a caller who tries once more meets no remains.
-            await self._tear_down(sandbox, announce_stop=False)
+            # Told only when the key is free again, so that a caller who tries once more meets no remains; but an engine
+            # that is away keeps nobody waiting.
+            self._tasks.start(self._tear_down(sandbox, announce_stop=False), name=f"remove-{sandbox.key}")
+            with contextlib.suppress(UnavailableError):
+                await sandbox.until_destroyed()
             sandbox.created.set_exception(_as_create_error(error))
             return
         if sandbox.status == "stopping":
@@ -244,7 +250,7 @@ class Manager:
     async def shutdown(self, sandbox: Sandbox, *, expired: bool = False) -> None:
         """Stops and removes a sandbox; returns when its key is free. Any number of callers, one teardown.
 
-        It goes on when the caller leaves.
+        It goes on when the caller leaves, and after an `UnavailableError`, raised while an engine is away.
         """
         if sandbox.status != "stopping":
             starting = sandbox.status == "starting"
@@ -252,17 +258,18 @@ class Manager:
             if expired:
                 sandbox.events.emit(SystemShutdownEvent())
             self._tasks.start(self._shut_down(sandbox, starting=starting), name=f"shutdown-{sandbox.key}")
-        await sandbox.destroyed.wait()
+        await sandbox.until_destroyed()
 
     async def _shut_down(self, sandbox: Sandbox, *, starting: bool) -> None:
         if starting:
             # Nothing is interrupted half way: the creation ends first, well or badly, then everything goes.
             await asyncio.wait({sandbox.created})
-            if sandbox.destroyed.is_set():
+            if sandbox.being_removed:
                 return
         await self._tear_down(sandbox, announce_stop=True)
 
     async def _tear_down(self, sandbox: Sandbox, *, announce_stop: bool) -> None:
+        sandbox.being_removed = True
         sandbox.status = "stopping"
         if announce_stop:
             self._publish(sandbox, "stop")
@@ -270,6 +277,11 @@ class Manager:
         while True:
             try:
                 await self._remove(sandbox)
+            except UnavailableError as error:
+                delay = AWAY_RETRY_SECONDS
+                log.warning("shutdown %s: %s; trying again in %s s", sandbox.key, error.message, delay)
+                sandbox.stuck.set()
+                await asyncio.sleep(delay)
             except Exception:
                 delay = DESTROY_RETRY_SECONDS[min(attempt, len(DESTROY_RETRY_SECONDS) - 1)]
                 log.exception("shutdown %s: not done, trying again in %s s", sandbox.key, delay)
@@ -417,7 +429,10 @@ class Manager:
         pending = {asyncio.ensure_future(self.shutdown(sandbox)) for sandbox in sandboxes}
         while pending:
             report(f"shutting down: {len(pending)} sandboxes left")
-            _, pending = await asyncio.wait(pending, timeout=2.0, return_when=asyncio.ALL_COMPLETED)
+            done, pending = await asyncio.wait(pending, timeout=2.0, return_when=asyncio.ALL_COMPLETED)
+            for failed in done:
+                if (error := failed.exception()) is not None:
+                    report(f"left for the next start: {error}")
 
 
 def _as_create_error(error: Exception) -> HiverError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hiverd.clock import Clock
 from hiverd.contracts.errors import UnavailableError
@@ -16,6 +16,9 @@ from hiverd.wire.config import SandboxConfig, effective_ttl_seconds
 if TYPE_CHECKING:
     from hiverd.sandboxes.execs import RunningCommand
     from hiverd.sandboxes.terminals import TerminalHub
+
+STUCK_PATIENCE_SECONDS: Final = 3.0
+"""How long callers wait for a removal that did not get on: a little longer than it waits to try again."""
 
 
 class Sandbox:
@@ -50,6 +53,9 @@ class Sandbox:
         self.created.add_done_callback(_retrieve)
         self.destroyed = asyncio.Event()
         """Set when nothing of it is left and its key is free."""
+        self.stuck = asyncio.Event()
+        """Set while its removal does not get on because an engine is away. It is tried on."""
+        self.being_removed = False
         self._workload: Workload | None = None
         self._clock = clock
         self._default_ttl_seconds = default_ttl_seconds
@@ -60,6 +66,22 @@ class Sandbox:
     @property
     def ready(self) -> bool:
         return self.status == "running" and self._workload is not None
+
+    async def until_destroyed(self) -> None:
+        """Raises `UnavailableError` where that may take as long as an engine is away."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.destroyed, self.stuck)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        try:
+            async with asyncio.timeout(STUCK_PATIENCE_SECONDS):
+                await self.destroyed.wait()
+        except TimeoutError:
+            raise UnavailableError(
+                f'sandbox "{self.key}" cannot be removed yet, as the engine does not answer'
+            ) from None
 
     @property
     def workload(self) -> Workload:

@@ -65,8 +65,9 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     container_backend: Annotated[
         ContainerBackend,
         Meta(
-            description="Isolation plug-in for containers: oci (crun, runc or runsc, no daemon), docker, or auto for "
-            "the first that works here."
+            description="Isolation plug-in for containers: oci (crun, runc or runsc, no daemon), docker, or auto: "
+            "oci where it works, otherwise docker where an engine answers and can keep every guarantee. While there "
+            "are sandboxes, auto stays with what made them."
         ),
     ] = "auto"
     log_level: Annotated[LogLevel, Meta(description="Least severe messages to log.")] = "info"

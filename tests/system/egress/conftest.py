@@ -12,7 +12,7 @@ import pytest
 
 from support.clients import CLIENTS
 from support.leaks import marks_of, wait_until_clean
-from support.server import DEFAULT_CONFIG, Server
+from support.server import DEFAULT_CONFIG, Backend, Server
 from support.upstreams import Authority, HttpUpstream
 
 
@@ -61,10 +61,12 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.fixture(scope="session")
-def egress_server(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Server]:
+def egress_server(
+    tmp_path_factory: pytest.TempPathFactory, authority: Authority, isolated_by: Backend
+) -> Iterator[Server]:
     CLIENTS.mkdir(exist_ok=True)
     config = f'{DEFAULT_CONFIG}[files]\norigin_roots = ["{CLIENTS}"]\n{authority.settings}'
-    server = Server(tmp_path_factory.mktemp("egress"), config=config)
+    server = Server(tmp_path_factory.mktemp("egress"), config=config, backend=isolated_by)
     with server:
         marks = marks_of(server.data_dir)
         yield server

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from support.leaks import marks_of, wait_until_clean
-from support.server import Server
+from support.server import Backend, Server
 from support.upstreams import HttpUpstream
 from system.egress.attacks import denials, others, run_attacks
 from system.egress.conftest import Inside
@@ -246,8 +246,8 @@ async def test_the_servers_own_api_is_out_of_reach_at_every_address_of_this_host
     assert "GET /secret" not in own_hosts.log_tail()
 
 
-async def test_a_port_that_the_kernel_chose_is_guarded_as_well(tmp_path: Path) -> None:
-    server = Server(tmp_path / "chosen", arguments=["--host", "0.0.0.0"])
+async def test_a_port_that_the_kernel_chose_is_guarded_as_well(tmp_path: Path, isolated_by: Backend) -> None:
+    server = Server(tmp_path / "chosen", arguments=["--host", "0.0.0.0"], backend=isolated_by)
     server.port = 0
     server.folder.mkdir()
     server.answers = lambda: "is ready on" in server.log_tail()  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ import pytest
 
 from support.leaks import marks_of, wait_until_clean
 from support.memory import GROWTH_BYTES, MIB, Peak
-from support.server import DEFAULT_CONFIG, Server
+from support.server import DEFAULT_CONFIG, Backend, Server
 from support.upstreams import Authority, HttpUpstream, SocketUpstream, lead
 from support.waiting import until_async
 
@@ -229,9 +229,11 @@ async def test_agents_that_take_their_time_are_cut_and_hold_nobody_up(
 
 
 @pytest.fixture
-async def own_server(tmp_path: Any, authority: Authority) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
+async def own_server(
+    tmp_path: Any, authority: Authority, isolated_by: Backend
+) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
     """A server that may be killed; its sandboxes outlive it."""
-    server = Server(tmp_path, ephemeral=False, config=DEFAULT_CONFIG + authority.settings)
+    server = Server(tmp_path, ephemeral=False, config=DEFAULT_CONFIG + authority.settings, backend=isolated_by)
     server.start()
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         yield server, client

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from hiver_backends.oci import bundle, host_image, inside, network, pids, references, runtime, seccomp, settings
-from hiver_backends.oci.cgroups import Cgroups
-from hiver_backends.oci.livemounts import check_target
+from hiver_backends.linux import bundle, host_image, inside, network, pids, references, runtime, seccomp
+from hiver_backends.linux.cgroups import Cgroups
+from hiver_backends.linux.livemounts import check_target
+from hiver_backends.oci import settings
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.isolation import ExecSpec, Image, WorkloadSpec
 
@@ -241,13 +242,13 @@ class TestSeccomp:
     def test_a_profile_of_ones_own(self, tmp_path: Path) -> None:
         file = tmp_path / "profile.json"
         file.write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
-        assert seccomp.load(str(file)) == {"defaultAction": "SCMP_ACT_ALLOW"}
+        assert seccomp.load(str(file), "oci") == {"defaultAction": "SCMP_ACT_ALLOW"}
         for content in ("[]", "{}", "nonsense"):
             file.write_text(content)
             with pytest.raises(InvalidError):
-                seccomp.load(str(file))
+                seccomp.load(str(file), "oci")
         with pytest.raises(InvalidError):
-            seccomp.load(str(tmp_path / "none"))
+            seccomp.load(str(tmp_path / "none"), "oci")
 
 
 class TestCgroups:

@@ -9,8 +9,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiver_backends.oci import logs
-from hiver_backends.oci.inotify import Inotify
+from hiver_backends.linux import logs
+from hiver_backends.linux.inotify import Inotify
 
 TIME = "2026-01-02T03:04:05.{:09d}+00:00"
 

@@ -6,7 +6,15 @@ import asyncio
 
 import pytest
 
-from hiverd.contracts.errors import BackendError, ConflictError, HiverError, InvalidError, NotFoundError
+from hiverd.contracts.errors import (
+    BackendError,
+    ConflictError,
+    HiverError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
+from hiverd.sandboxes import sandbox as sandbox_module
 from hiverd.testing.fakes import FakeWorkload
 from hiverd.wire.config import SandboxConfig, decode_config, with_defaults
 
@@ -61,6 +69,44 @@ async def test_a_failed_create_tells_why_and_leaves_nothing(open_core, step):
         core.isolation.hook = None
         _, created = await core.obtain("k", config)
         assert created
+
+
+async def test_an_engine_that_is_away_keeps_no_caller_waiting(open_core, monkeypatch):
+    monkeypatch.setattr(sandbox_module, "STUCK_PATIENCE_SECONDS", 0.05)
+    async with open_core() as core, asyncio.timeout(10):
+        sandbox, _ = await core.obtain("kept", config)
+
+        async def away(at: str) -> None:
+            raise UnavailableError("the engine is away")
+
+        core.isolation.hook = away
+        with pytest.raises(UnavailableError, match="the engine is away"):
+            await core.obtain("new", config)
+        with pytest.raises(UnavailableError, match="cannot be removed yet"):
+            await core.obtain("new", config)
+        with pytest.raises(UnavailableError, match="cannot be removed yet"):
+            await core.manager.shutdown(sandbox)
+        core.isolation.hook = None
+        monkeypatch.setattr(sandbox_module, "STUCK_PATIENCE_SECONDS", 5)
+        await core.manager.shutdown(sandbox)
+        _, created = await core.obtain("new", config)
+        assert created
+
+
+async def test_a_stop_does_not_wait_for_an_engine_that_is_away(open_core, monkeypatch):
+    monkeypatch.setattr(sandbox_module, "STUCK_PATIENCE_SECONDS", 0.05)
+    async with open_core() as core, asyncio.timeout(10):
+        sandbox, _ = await core.obtain("k", config)
+
+        async def away(at: str) -> None:
+            raise UnavailableError("the engine is away")
+
+        core.isolation.hook = away
+        said: list[str] = []
+        await core.manager.shutdown_all(said.append)
+        assert "left for the next start" in said[-1]
+        core.isolation.hook = None
+        await asyncio.wait_for(sandbox.destroyed.wait(), 5)
 
 
 async def test_an_unknown_image_is_told_and_leaves_nothing(open_core):

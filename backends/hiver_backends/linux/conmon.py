@@ -91,13 +91,12 @@ class Conmon:
         """Creates the container of the bundle in `monitor.folder`. Returns the pid of its process 1, not yet begun."""
         return await self._start(sandbox_id, monitor, [])
 
-    async def exec_terminal(self, sandbox_id: str, monitor: Monitor, process_document: Path) -> int:
-        """Runs a process on a terminal of its own in a running container. Returns its pid."""
-        return await self._start(
-            sandbox_id,
-            monitor,
-            ["--exec", "--exec-process-spec", str(process_document), "--terminal", "--stdin", "--leave-stdin-open"],
-        )
+    async def exec_session(self, container_id: str, monitor: Monitor, process_document: Path, *, terminal: bool) -> int:
+        """Runs a process in a running container, with a terminal of its own or with empty input. Returns its pid."""
+        extra = ["--exec", "--exec-process-spec", str(process_document)]
+        if terminal:
+            extra += ["--terminal", "--stdin", "--leave-stdin-open"]
+        return await self._start(container_id, monitor, extra)
 
     def _argv(self, sandbox_id: str, monitor: Monitor, extra: list[str]) -> list[str]:
         argv = [self._program.path, "--api-version", "1", "--cid", sandbox_id, "--cuuid", sandbox_id]
@@ -155,7 +154,8 @@ async def _read_answer(receiver: int) -> bytes:
 def _judge(answer: bytes) -> int:
     """The pid in conmon's answer, `{"data": pid}`; a negative one comes with the runtime's message."""
     try:
-        document = json.loads(answer)
+        # For a process that has ended already, its exit code follows on a line of its own.
+        document = json.loads(answer.partition(b"\n")[0])
         number = int(document.get("data", document.get("pid", -1)))
     except (ValueError, AttributeError):
         raise BackendError("conmon ended without an answer") from None

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -42,11 +42,11 @@ class RootFs:
     ) -> None:
         """Mounts the root file system at `target`, with the files `etc` in its /etc.
 
-        `layers` are folders with the place where each belongs in the root ("" for the root itself; the others are
-        mounted read-only on top, as the host's /usr is). Changes go to `volume`/root. Raises `OSError`; then the caller
-        unmounts what is below `target`.
+        `layers` are folders with the place where each belongs in the root ("" for the root itself, the topmost first if
+        there are several; the others are mounted read-only on top, as the host's /usr is). Changes go to `volume`/root.
+        Raises `OSError`; then the caller unmounts what is below `target`.
         """
-        base = next(folder for folder, place in layers if not place)
+        bases = [folder for folder, place in layers if not place]
         upper, work = volume / "root" / "upper", volume / "root" / "work"
         for folder in (volume / "root", upper, work, target):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -56,8 +56,8 @@ class RootFs:
             # Left by a volatile mount that has ended. It stands for a host that may have crashed since, and none of our
             # volumes outlives that: a sandbox of an earlier boot is removed with its volume.
             shutil.rmtree(work / "work" / "incompat")
-        seeded = inside.seed_etc(base, upper, etc, host_id or 0)
-        with self._lower(base, target, host_id) as lower:
+        seeded = len(bases) == 1 and inside.seed_etc(bases[0], upper, etc, host_id or 0)
+        with self._lower(bases, target, host_id) as lower:
             _mount_overlay(lower, upper, work, target)
         if not seeded:
             _write_etc(target, etc, host_id or 0)
@@ -66,15 +66,17 @@ class RootFs:
                 _attach_layer(folder, target, place)
 
     @contextlib.contextmanager
-    def _lower(self, base: Path, target: Path, host_id: int | None) -> Iterator[Path]:
-        """The image's folder with the right owners, for as long as it takes to mount the overlay over it."""
+    def _lower(self, bases: Sequence[Path], target: Path, host_id: int | None) -> Iterator[Sequence[Path]]:
+        """The image's folders with the right owners, for as long as it takes to mount the overlay over them."""
         if host_id is None:
-            yield base
+            yield bases
             return
+        if len(bases) != 1:
+            raise NotImplementedError("images in several layers have no user namespace")
         # The overlay clones what it is given, so this mount may go at once; it can lie where the overlay will.
         lower = target.parent / "lower"
         lower.mkdir(mode=0o700, exist_ok=True)
-        tree = syscalls.open_tree(str(base))
+        tree = syscalls.open_tree(str(bases[0]))
         try:
             with self._namespaces.borrow(for_sandbox(host_id)) as namespace:
                 syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY, user_namespace=namespace)
@@ -82,7 +84,7 @@ class RootFs:
         finally:
             os.close(tree)
         try:
-            yield lower
+            yield (lower,)
         finally:
             syscalls.umount(str(lower))
             lower.rmdir()
@@ -128,8 +130,8 @@ def _attach_layer(folder: Path, target: Path, place: str) -> None:
         os.close(tree)
 
 
-def _mount_overlay(lower: Path, upper: Path, work: Path, target: Path) -> None:
-    paths = f"lowerdir={_escape(lower)},upperdir={_escape(upper)},workdir={_escape(work)}"
+def _mount_overlay(lower: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+    paths = f"lowerdir={':'.join(map(_escape, lower))},upperdir={_escape(upper)},workdir={_escape(work)}"
     for options in _OVERLAY_OPTIONS:
         try:
             data = f"{paths},{options}" if options else paths

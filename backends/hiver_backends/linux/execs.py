@@ -140,8 +140,13 @@ class Execs:
 
         What a runtime of that server still writes meanwhile is no more than a process id.
         """
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.clear(self._folder)
+
+    @staticmethod
+    def clear(folder: Path) -> None:
+        """The same for a folder that several of these use."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def start(self, request: ExecRequest, tree: TreeFactory) -> ExecProcess:
         """Raises `BackendError` when the runtime fails for a reason that is not the command's."""

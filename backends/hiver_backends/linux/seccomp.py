@@ -107,14 +107,14 @@ def _equal(name: str, value: int) -> dict[str, Any]:
     }
 
 
-def load(choice: str) -> dict[str, Any] | None:
-    """The profile for the option `seccomp`. Raises `InvalidError` for a file that is none."""
+def load(choice: str, table: str) -> dict[str, Any] | None:
+    """The profile for the option `seccomp` of the table `table`. Raises `InvalidError` for a file that is none."""
     if choice == "default":
         return default_profile()
     try:
         profile = json.loads(Path(choice).read_bytes())
     except (OSError, ValueError) as error:
-        raise InvalidError(f"[oci] seccomp: cannot read {choice}: {error}", field="oci.seccomp") from error
+        raise InvalidError(f"[{table}] seccomp: cannot read {choice}: {error}", field=f"{table}.seccomp") from error
     if not isinstance(profile, dict) or "defaultAction" not in profile:
-        raise InvalidError(f"[oci] seccomp: {choice} has no defaultAction", field="oci.seccomp")
+        raise InvalidError(f"[{table}] seccomp: {choice} has no defaultAction", field=f"{table}.seccomp")
     return profile

@@ -35,6 +35,9 @@ class Cgroups:
         """`linux.cgroupsPath` of the OCI configuration."""
         return f"/{self.parent}/{sandbox_id}"
 
+    def _place(self, sandbox_id: str) -> str:
+        return self.path(sandbox_id).lstrip("/")
+
     def prepare(self) -> None:
         """Makes the parent groups and lowers their weight. A refusal costs only the priority, so it is no error."""
         for hierarchy in self.hierarchies:
@@ -62,7 +65,7 @@ class Cgroups:
 
     def folders(self, sandbox_id: str) -> list[Path]:
         """The sandbox's groups that exist."""
-        found = [hierarchy / self.parent / sandbox_id for hierarchy in self.hierarchies]
+        found = [hierarchy / self._place(sandbox_id) for hierarchy in self.hierarchies]
         return [folder for folder in found if folder.is_dir()]
 
     def owned(self) -> set[str]:
@@ -85,7 +88,7 @@ class Cgroups:
         for hierarchy in self.hierarchies:
             if not self.unified and hierarchy.name not in {"pids", "memory"}:
                 continue
-            folder = hierarchy / self.parent / sandbox_id
+            folder = hierarchy / self._place(sandbox_id)
             if folder.is_dir():
                 return _processes(folder)
         return set()
@@ -111,13 +114,13 @@ class Cgroups:
 
     def contains(self, sandbox_id: str, pid: int) -> bool:
         """Whether the process `pid` is, or was when it ended, in one of the sandbox's groups."""
-        inside = f"/{self.parent}/{sandbox_id}"
-        paths = (path.removesuffix(" (deleted)") for path in _groups_of(pid))
+        inside = self.path(sandbox_id)
+        paths = (path.removesuffix(" (deleted)") for path in groups_of(pid))
         return any(path == inside or path.startswith(f"{inside}/") for path in paths)
 
     def contains_any(self, pid: int) -> bool:
         """Whether the process `pid` is, or was when it ended, in any sandbox of ours."""
-        return any(path.startswith(f"/{self.parent}/") for path in _groups_of(pid))
+        return any(path.startswith(f"/{self.parent}/") for path in groups_of(pid))
 
     def remove(self, sandbox_id: str, timeout_seconds: float) -> None:
         """Kills and removes until no group is left. Blocking. Raises `TimeoutError`."""
@@ -128,7 +131,7 @@ class Cgroups:
             for pid in members:
                 self._kill_member(sandbox_id, pid)
             delay_seconds = _pause(delay_seconds, deadline_monotonic, self.path(sandbox_id))
-        while not all([_remove_tree(hierarchy / self.parent / sandbox_id) for hierarchy in self.hierarchies]):  # noqa: C419 -- each is to be tried
+        while not all([_remove_tree(hierarchy / self._place(sandbox_id)) for hierarchy in self.hierarchies]):  # noqa: C419 -- each is to be tried
             self.kill(sandbox_id)
             delay_seconds = _pause(delay_seconds, deadline_monotonic, self.path(sandbox_id))
 
@@ -145,7 +148,7 @@ class Cgroups:
         return 0
 
     def _usage_v2(self, sandbox_id: str) -> Usage:
-        folder = self.hierarchies[0] / self.parent / sandbox_id
+        folder = self.hierarchies[0] / self._place(sandbox_id)
         cpu_seconds = _fields(folder / "cpu.stat")["usage_usec"] / 1e6
         memory_bytes = int((folder / "memory.current").read_text())
         reclaimable_bytes = _fields(folder / "memory.stat").get("inactive_file", 0)
@@ -172,7 +175,7 @@ def _hierarchies(root: Path) -> tuple[Path, ...]:
     return ()
 
 
-def _groups_of(pid: int) -> list[str]:
+def groups_of(pid: int) -> list[str]:
     """A process's groups, one per hierarchy (cgroups(7)); empty when there is no such process."""
     try:
         lines = Path("/proc", str(pid), "cgroup").read_text().splitlines()

@@ -28,7 +28,7 @@ CAPABILITIES: Final = (
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 )
-_MASKED_PATHS: Final = (
+MASKED_PATHS: Final = (
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
@@ -43,13 +43,13 @@ _MASKED_PATHS: Final = (
     "/sys/firmware",
     "/sys/kernel/security",
 )
-_READONLY_PATHS: Final = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+READONLY_PATHS: Final = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _NAMESPACES: Final = ("pid", "ipc", "uts", "mount", "network", "cgroup")
 _SHM: Final = "/dev/shm"  # noqa: S108 -- a mount point inside the sandbox
 _CPU_PERIOD_US: Final = 100_000
-_MIN_PIDS: Final = 32
+MIN_PIDS: Final = 32
 """Below that, a runtime's own threads do not fit while it starts a command."""
-_OOM_SCORE_ADJ: Final = 500
+OOM_SCORE_ADJ: Final = 500
 _COMMAND_FILES: Final = 1024
 """PROTOCOL 3.11."""
 _ENTRYPOINT_FILES: Final = 65_536
@@ -119,7 +119,7 @@ def process(argv: list[str], env: Mapping[str, str], cwd: str, *, terminal: bool
         "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
         "rlimits": _rlimits(_ENTRYPOINT_FILES),
         "noNewPrivileges": True,
-        "oomScoreAdj": _OOM_SCORE_ADJ,
+        "oomScoreAdj": OOM_SCORE_ADJ,
     }
 
 
@@ -151,8 +151,8 @@ def _linux(spec: WorkloadSpec, layout: Layout) -> dict[str, Any]:
         "cgroupsPath": layout.cgroups_path,
         "namespaces": [{"type": kind} for kind in _NAMESPACES],
         "resources": _resources(spec, swap_limit=layout.swap_limit),
-        "maskedPaths": list(_MASKED_PATHS),
-        "readonlyPaths": list(_READONLY_PATHS),
+        "maskedPaths": list(MASKED_PATHS),
+        "readonlyPaths": list(READONLY_PATHS),
         "rootfsPropagation": "rprivate",
     }
     if layout.host_id is not None:
@@ -178,7 +178,7 @@ def _resources(spec: WorkloadSpec, *, swap_limit: bool) -> dict[str, Any]:
             "quota": max(1000, int(_CPU_PERIOD_US * spec.cpu)),
             "period": _CPU_PERIOD_US,
         },
-        "pids": {"limit": max(_MIN_PIDS, spec.pids_max)},
+        "pids": {"limit": max(MIN_PIDS, spec.pids_max)},
     }
 
 

@@ -36,6 +36,7 @@ MS_NODEV: Final = 4
 MS_BIND: Final = 4096
 MS_REC: Final = 16384
 MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 
@@ -85,6 +86,11 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 def umount(target: str, flags: int = MNT_DETACH | UMOUNT_NOFOLLOW) -> None:
     """umount2(2); lazily by default, so that open files do not hold a mount."""
     _check(_libc.umount2(target.encode(), flags), f"umount {target}")
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    _check(_libc.pivot_root(new_root.encode(), put_old.encode()), f"pivot_root {new_root}")
 
 
 def open_tree(path: str, *, directory: int = AT_FDCWD, recursive: bool = False) -> int:

@@ -135,7 +135,7 @@ def in_mount_namespace(pid: int, work: Callable[[], _T]) -> _T:
         except BaseException as error:  # noqa: BLE001 -- carried over to the waiting thread
             failure.append(error)
 
-    thread = threading.Thread(target=run, name="oci-mount-namespace", daemon=True)
+    thread = threading.Thread(target=run, name="mount-namespace", daemon=True)
     thread.start()
     thread.join()
     if failure:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from hiverd.contracts.errors import NotFoundError
-from hiverd.contracts.isolation import Terminal
+from hiverd.contracts.isolation import Stream, Terminal
 
 from . import logs, pids
 from .children import UNKNOWN_EXIT
@@ -162,10 +162,12 @@ async def _until_read(fifo: int) -> None:
         await asyncio.sleep(0.001)
 
 
-def record_failure(monitor: Monitor, sandbox_id: str, code: int, message: str) -> None:
-    """Leaves what a terminal session that could not start would have left: its output and its exit code."""
+def record_failure(monitor: Monitor, sandbox_id: str, code: int, message: str, *, stream: Stream) -> None:
+    """Leaves what a session that could not start would have left: its output and its exit code."""
     now = datetime.now(UTC).isoformat()
     text = message.rstrip("\n").replace("\n", " ")
+    if stream == "stdout":
+        text += "\r"
     with Path(monitor.log).open("a") as log:
-        log.write(f"{now} stdout F {text}\r\n")
+        log.write(f"{now} {stream} F {text}\n")
     (monitor.exit_dir / sandbox_id).write_text(str(code))

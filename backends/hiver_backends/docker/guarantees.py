@@ -1,0 +1,263 @@
+"""Which of our guarantees an Engine can keep. No I/O: judged from what it says about itself.
+
+The documents are those of `GET /info` and `GET /version` of the Docker Engine API (1.41 and later). What is lost is
+lost aloud: `findings` names it, and unless the operator has accepted each lost guarantee by name (`[docker] accept`),
+the plug-in does not start. Losing `egress` never opens anything: a sandbox whose traffic cannot be judged has no
+network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Final, Literal, get_args
+
+from msgspec import Struct
+
+from hiverd.contracts.isolation import Finding
+
+EndpointKind = Literal["unix", "tcp", "ssh", "npipe"]
+Guarantee = Literal["egress", "governed-mounts", "mount-changes", "file-events", "limits", "seccomp", "tested-engine"]
+
+GUARANTEES: Final[tuple[Guarantee, ...]] = get_args(Guarantee)
+"""The names that `[docker] accept` takes."""
+
+MEANINGS: Final[Mapping[Guarantee, str]] = {
+    "egress": "traffic is judged and recorded outside the sandbox (without: sandboxes have no network at all)",
+    "governed-mounts": "mounts with rules, and remote ones",
+    "mount-changes": "mounts change in a running sandbox",
+    "file-events": "every access to a mount is an event",
+    "limits": "bounds on CPU, memory and processes",
+    "seccomp": "system calls that no workload needs are refused",
+    "tested-engine": "the tests of this project pass on this kind of engine",
+}
+
+MINIMUM_API: Final = (1, 41)
+"""Docker Engine 20.10."""
+
+_FROM_OUTSIDE: Final[tuple[Guarantee, ...]] = ("egress", "governed-mounts", "mount-changes", "file-events")
+"""What takes root on the Engine's own host: these reach into a container's namespaces from outside."""
+_OUT_OF_REACH: Final = "whose files, processes and namespaces are out of reach"
+_BESIDE: Final = "run hiver serve on the engine's own host, or there in the container of build/container"
+
+
+class Loss(Struct, frozen=True):
+    """Something about an Engine that costs guarantees."""
+
+    name: str
+    """As the finding is called."""
+    detail: str
+    remedy: str
+    guarantees: tuple[Guarantee, ...] = ()
+    fatal: bool = False
+    """No consent helps: nothing would work."""
+
+
+def losses(
+    info: Mapping[str, Any], version: Mapping[str, Any], endpoint: EndpointKind, *, local_root: bool
+) -> list[Loss]:
+    """Everything that this Engine costs, the fatal first. Members that a document lacks count as not offered.
+
+    `local_root`: this process is root on the host (the kernel) on which the Engine runs its containers.
+    """
+    found = [
+        _kernel(info),
+        _api(version),
+        _distance(info, endpoint, local_root),
+        _privileges(info, endpoint, local_root),
+        _rootless(info),
+        _engine(version),
+        _limits(info),
+        _seccomp(info),
+    ]
+    present = [loss for loss in found if loss is not None]
+    return sorted(present, key=lambda loss: not loss.fatal)
+
+
+def lost(found: Collection[Loss]) -> frozenset[Guarantee]:
+    """The guarantees that are gone."""
+    return frozenset(guarantee for loss in found for guarantee in loss.guarantees)
+
+
+def unknown_names(accept: Collection[str]) -> list[str]:
+    """What in `[docker] accept` names no guarantee."""
+    return sorted(set(accept) - set(GUARANTEES))
+
+
+def findings(
+    info: Mapping[str, Any],
+    version: Mapping[str, Any],
+    endpoint: EndpointKind,
+    *,
+    local_root: bool,
+    accept: Collection[str] = (),
+) -> list[Finding]:
+    """The same as findings. One that is `required` and not `ok` is to stop the plug-in from starting."""
+    found = losses(info, version, endpoint, local_root=local_root)
+    results = [_finding(loss, frozenset(accept)) for loss in found]
+    if not any(finding.required for finding in results):
+        results.insert(0, Finding("engine", ok=True, detail=_title(info, version)))
+    results.append(_remapped(info))
+    return results
+
+
+def local_root(
+    info: Mapping[str, Any], endpoint: EndpointKind, *, euid: int, kernel_release: str, engine_pid: int
+) -> bool:
+    """Whether this process is root where the containers run.
+
+    `engine_pid` is the socket's peer (SO_PEERCRED); 0 if that process cannot be seen from here, as behind a virtual
+    machine's proxy or in another PID namespace. An Engine of another kernel is another host, whatever the socket says.
+    """
+    return endpoint == "unix" and euid == 0 and engine_pid > 0 and info.get("KernelVersion") == kernel_release
+
+
+def _finding(loss: Loss, accepted: frozenset[str]) -> Finding:
+    if loss.fatal:
+        return Finding(loss.name, ok=False, detail=loss.detail, remedy=loss.remedy)
+    detail = f"{loss.detail}; lost: {'; '.join(f'{name}: {MEANINGS[name]}' for name in loss.guarantees)}"
+    missing = [name for name in loss.guarantees if name not in accepted]
+    if not missing:
+        return Finding(loss.name, ok=False, detail=f"{detail}; accepted by [docker] accept", required=False)
+    names = ", ".join(f'"{name}"' for name in loss.guarantees)
+    remedy = f"{loss.remedy}; or go without, by accept = [{names}] below [docker]"
+    return Finding(loss.name, ok=False, detail=detail, remedy=remedy)
+
+
+def _title(info: Mapping[str, Any], version: Mapping[str, Any]) -> str:
+    """`Docker Engine 20.10.24 (API 1.41), overlay2, cgroups v1 by cgroupfs`, as far as the documents say so."""
+    groups = f"cgroups v{info.get('CgroupVersion', '?')} by {info.get('CgroupDriver', '?')}"
+    engine = f"{_engine_name(version)} {version.get('Version', '?')} (API {version.get('ApiVersion', '?')})"
+    return f"{engine}, {info.get('Driver', '?')}, {groups}"
+
+
+def _kernel(info: Mapping[str, Any]) -> Loss | None:
+    if info.get("OSType", "linux") == "linux":
+        return None
+    return Loss("containers", "the engine runs Windows containers", "switch the engine to Linux containers", fatal=True)
+
+
+def _api(version: Mapping[str, Any]) -> Loss | None:
+    text = str(version.get("ApiVersion", ""))
+    if _numbers(text) >= MINIMUM_API:
+        return None
+    return Loss(
+        "API",
+        f"the engine speaks version {text or 'unknown'} of the API",
+        "install Docker Engine 20.10 or newer",
+        fatal=True,
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
+
+
+def _distance(info: Mapping[str, Any], endpoint: EndpointKind, local_root: bool) -> Loss | None:
+    """Where the Engine is on another host, bind mounts mean its folders, not ours."""
+    if endpoint in {"tcp", "ssh"}:
+        where = {"tcp": "over TCP", "ssh": "over SSH"}[endpoint]
+        detail = f"the engine is reached {where}, so it counts as one on another host, {_OUT_OF_REACH}"
+        return Loss("engine's host", detail, f"name its socket (unix:///...), and {_BESIDE}", _FROM_OUTSIDE, fatal=True)
+    if endpoint == "npipe" or (_is_desktop(info) and not local_root):
+        detail = f"Docker Desktop runs its containers in a virtual machine, {_OUT_OF_REACH}"
+        return Loss(
+            "engine's host",
+            detail,
+            "run hiver serve beside them, in the container of build/container",
+            _FROM_OUTSIDE,
+            fatal=True,
+        )
+    return None
+
+
+def _is_desktop(info: Mapping[str, Any]) -> bool:
+    return str(info.get("OperatingSystem", "")).startswith("Docker Desktop")
+
+
+def _privileges(info: Mapping[str, Any], endpoint: EndpointKind, local_root: bool) -> Loss | None:
+    if local_root or endpoint != "unix" or _is_desktop(info):
+        return None
+    detail = "not root on the host on which the engine runs its containers"
+    return Loss("privileges", detail, f"sudo hiver serve ...; or {_BESIDE}", _FROM_OUTSIDE)
+
+
+def _options(info: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """`["name=seccomp,profile=default"]` -> `{"seccomp": {"profile": "default"}}`."""
+    found: dict[str, dict[str, str]] = {}
+    for text in info.get("SecurityOptions") or ():
+        pairs = dict(part.partition("=")[::2] for part in str(text).split(","))
+        found[pairs.pop("name", "")] = pairs
+    return found
+
+
+def _rootless(info: Mapping[str, Any]) -> Loss | None:
+    """The Engine is an ordinary user there: our folders are closed to it, and its mounts are not ours to change."""
+    if "rootless" not in _options(info):
+        return None
+    return Loss(
+        "rootless engine",
+        "the engine runs without root: it can mount nothing of this server's folders",
+        "use an engine that runs as root",
+        _FROM_OUTSIDE,
+    )
+
+
+def _engine_name(version: Mapping[str, Any]) -> str:
+    """`Podman Engine` for Podman's service; Docker calls its component `Engine`."""
+    names = [str(component.get("Name", "")) for component in version.get("Components") or ()]
+    if any("podman" in name.lower() for name in names):
+        return "Podman"
+    return "Docker Engine"
+
+
+def _engine(version: Mapping[str, Any]) -> Loss | None:
+    if _engine_name(version) != "Podman":
+        return None
+    return Loss(
+        "kind of engine",
+        f"Podman {version.get('Version', '')} speaks Docker's API in its own way".replace("  ", " "),
+        'use Docker Engine, or container_backend = "oci", which needs no daemon',
+        ("tested-engine",),
+    )
+
+
+def _limits(info: Mapping[str, Any]) -> Loss | None:
+    wanted = {"memory": "MemoryLimit", "CPU": "CpuCfsQuota", "processes": "PidsLimit"}
+    missing = [what for what, member in wanted.items() if not info.get(member)]
+    if info.get("CgroupDriver") == "none":
+        missing = list(wanted)
+    if not missing:
+        return None
+    return Loss(
+        "limits",
+        f"the engine cannot bound {' and '.join(missing)}",
+        "cgroups v2, or the controllers memory, cpu and pids mounted, make them possible",
+        ("limits",),
+    )
+
+
+def _seccomp(info: Mapping[str, Any]) -> Loss | None:
+    seccomp = _options(info).get("seccomp")
+    if seccomp is not None and seccomp.get("profile") != "unconfined":
+        return None
+    how = "is set to run containers without" if seccomp is not None else "has no"
+    return Loss(
+        "system calls",
+        f"the engine {how} seccomp filter",
+        'a kernel with CONFIG_SECCOMP_FILTER, and no seccomp-profile "unconfined" in the engine\'s daemon.json',
+        ("seccomp",),
+    )
+
+
+def _remapped(info: Mapping[str, Any]) -> Finding:
+    """Not a loss, but what an operator would want to know."""
+    if "userns" in _options(info) or "rootless" in _options(info):
+        return Finding("user namespaces", ok=True, detail="root of a sandbox is nobody on this host", required=False)
+    return Finding(
+        "user namespaces",
+        ok=False,
+        detail="not used: root of a sandbox has this host's root ids, without its privileges",
+        required=False,
+        remedy='"userns-remap": "default" in the engine\'s daemon.json makes it nobody',
+    )

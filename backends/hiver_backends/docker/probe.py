@@ -1,0 +1,97 @@
+"""What this host and its Engine offer."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+from msgspec import Struct
+
+from hiver_backends.linux.conmon import ConmonProgram
+from hiver_backends.linux.tools import find_conmon, find_program, privileges, program_finding, run_folder
+from hiverd.contracts.errors import HiverError
+from hiverd.contracts.isolation import Finding
+
+from . import guarantees
+from .engine import EngineApi
+from .settings import Settings
+
+_T = TypeVar("_T")
+_CONNECT_SECONDS: Final = 5.0
+_ALWAYS_NEEDED: Final = frozenset({"egress", "governed-mounts", "mount-changes", "file-events"})
+"""Without these nothing of a sandbox would be under control; no consent helps."""
+
+
+class InPool(Protocol):
+    """Runs blocking work in a thread."""
+
+    def __call__(self, work: Callable[[], _T], /) -> Awaitable[_T]: ...
+
+
+class Offer(Struct, frozen=True, kw_only=True):
+    """The outcome of probing; parts that are missing are None, and a finding says why."""
+
+    conmon: ConmonProgram | None
+    init: str | None
+    info: dict[str, Any]
+    findings: list[Finding]
+
+
+async def look(settings: Settings, engine: EngineApi, run_dir: Path, in_pool: InPool) -> Offer:
+    """Looks for everything; changes nothing."""
+    conmon, init = await in_pool(lambda: (find_conmon(settings.conmon), find_program(settings.init)))
+    findings = [privileges(), run_folder(run_dir)]
+    findings.append(program_finding("conmon", settings.conmon, conmon.path if conmon else None, "conmon"))
+    findings.append(program_finding("init", settings.init, init, "catatonit"))
+    info: dict[str, Any] = {}
+    kind = endpoint_kind(engine.endpoint)
+    if kind != "unix":
+        findings += guarantees.findings({}, {"ApiVersion": "1.41"}, kind, local_root=False)[:1]
+    else:
+        try:
+            info, version = await engine.describe()
+        except HiverError as error:
+            remedy = "start it (systemctl start docker), or name its socket: host below [docker], or DOCKER_HOST"
+            findings.append(Finding("engine", ok=False, detail=error.message, remedy=remedy))
+        else:
+            pid = await in_pool(lambda: peer_pid(engine.endpoint))
+            findings += judged(settings, info, version, pid)
+    return Offer(conmon=conmon, init=init, info=info, findings=findings)
+
+
+def judged(settings: Settings, info: dict[str, Any], version: dict[str, Any], engine_pid: int) -> list[Finding]:
+    """What the Engine's own words mean for our guarantees."""
+    local_root = guarantees.local_root(
+        info, "unix", euid=os.geteuid(), kernel_release=os.uname().release, engine_pid=engine_pid
+    )
+    accept = [name for name in settings.accept if name not in _ALWAYS_NEEDED]
+    findings = guarantees.findings(info, version, "unix", local_root=local_root, accept=accept)
+    if any(str(option).startswith("name=userns") for option in info.get("SecurityOptions") or ()):
+        detail = "the engine maps user ids (userns-remap), which this plug-in does not know yet"
+        remedy = "use an engine without userns-remap, or the plug-in oci, which has user namespaces of its own"
+        findings.append(Finding("user-id mapping", ok=False, detail=detail, remedy=remedy))
+    return findings
+
+
+def endpoint_kind(endpoint: str) -> guarantees.EndpointKind:
+    """By the address's scheme."""
+    scheme = endpoint.partition("://")[0]
+    if scheme == "unix":
+        return "unix"
+    return "ssh" if scheme == "ssh" else "tcp"
+
+
+def peer_pid(endpoint: str) -> int:
+    """The process behind a UNIX socket; 0 if it cannot be seen from here. Blocking."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_CONNECT_SECONDS)
+            connection.connect(endpoint.removeprefix("unix://"))
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return 0
+    return int(struct.unpack("3i", credentials)[0])
