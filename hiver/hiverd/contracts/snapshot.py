@@ -6,6 +6,7 @@ A store knows nothing of what it keeps: an archive is bytes. What it promises is
 from __future__ import annotations
 
 import abc
+import asyncio
 import hashlib
 import re
 import secrets
@@ -21,6 +22,8 @@ from hiverd.contracts.errors import BackendError, NotFoundError
 _KEY: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _VERSION: Final = re.compile(r"(\d{8}T\d{12})Z-[0-9a-f]{8}")
 _VERSION_TIME: Final = "%Y%m%dT%H%M%S%f"
+_INLINE_BYTES: Final = 64 << 10
+"""Smaller pieces are hashed where they are: a thread would cost more than it saves."""
 
 
 class SnapshotDamagedError(BackendError):
@@ -57,13 +60,15 @@ class SnapshotStore(abc.ABC):
     name: ClassVar[str]
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """`options`: `keep`, an int of at least 1; `path`, a folder of this server's for stores on this host; `url`,
-        where the operator gave one; and the operator's table `[snapshots.options]`. Raises `InvalidError`. No I/O."""
+        """`options`: `keep`, an int of at least 1; `path`, a folder for stores on this host; `url`, empty where the
+        operator gave none; `instance`, a word that is this server's at every start and no other's; and the operator's
+        table `[snapshots.options]`. Raises `InvalidError` or `UnsupportedError` telling what to do. No I/O."""
         self.options = options
 
     async def start(self) -> None:  # noqa: B027 -- many have nothing to do
         """Called once, on the event loop that all else runs on, before everything else. Removes what dead writers
-        left. Raises an error with what to do about it, if the store cannot be used as it is configured."""
+        left. `InvalidError` and `UnsupportedError`, which say what to do, keep the server from starting; after any
+        other error it starts, and says so."""
 
     @abc.abstractmethod
     async def put(self, key: str, content: AsyncIterator[bytes]) -> SnapshotInfo:
@@ -80,7 +85,7 @@ class SnapshotStore(abc.ABC):
 
     @abc.abstractmethod
     def list(self, key: str | None = None) -> AsyncIterator[SnapshotInfo]:
-        """Of one key or of all: keys in their order, versions from the newest to the oldest. No error for none."""
+        """Of one key or of all: keys in order, versions of a key from the newest to the oldest. No error for none."""
 
     @abc.abstractmethod
     async def delete(self, key: str, version: str | None = None) -> None:
@@ -131,7 +136,10 @@ async def verified(info: SnapshotInfo, content: AsyncIterator[bytes]) -> AsyncIt
     """Passes the pieces on. Raises `SnapshotDamagedError` instead of ending if they are not what `info` says."""
     digest, size = hashlib.sha256(), 0
     async for piece in content:
-        digest.update(piece)
+        if len(piece) > _INLINE_BYTES:
+            await asyncio.to_thread(digest.update, piece)
+        else:
+            digest.update(piece)
         size += len(piece)
         yield piece
     if size != info.bytes or (info.sha256 is not None and digest.hexdigest() != info.sha256):
