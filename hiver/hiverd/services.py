@@ -35,6 +35,7 @@ from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.snapshot_stores import SnapshotStores
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
 from hiverd.sandboxes.stdio import StdioLimits
 from hiverd.sandboxes.tasks import TaskGroup
@@ -97,6 +98,8 @@ class Services:
         stack.callback(self.files.close)
         stack.push_async_callback(self.sockets.close)
         stack.push_async_callback(self.gateway.close)
+        stack.push_async_callback(self.snapshot_stores.close)
+        await self.snapshot_stores.start()
         await self.manager.adopt_all()
         await self.governed.resume(await self.governed.left_behind(self.manager.owned_ids()))
         await self.housekeeping.sweep()
@@ -127,6 +130,12 @@ class Services:
             self.tasks,
         )
         self.mounting = Mounting(self.planner, self.governed)
+        self.snapshot_stores = SnapshotStores(
+            settings.snapshots,
+            self.planner,
+            settings.server.data_dir / "spool",
+            instance_of(settings.server.data_dir),
+        )
         defaults = SpecDefaults(
             image=settings.sandbox.default_image,
             cpu=settings.sandbox.cpu,

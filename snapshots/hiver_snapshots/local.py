@@ -90,7 +90,7 @@ class LocalStore(SnapshotStore):
 
     async def get(self, key: str, version: str | None = None) -> AsyncIterator[bytes]:
         with _told():
-            reader = await self._threads.run(self._opened, key, version)
+            reader = await self._threads.acquire(lambda: self._opened(key, version), _Reader.close)
         try:
             while True:
                 with _told():

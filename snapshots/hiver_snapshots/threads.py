@@ -20,6 +20,15 @@ class Threads:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*args, **kwargs))
 
+    async def acquire(self, function: Callable[[], T], release: Callable[[T], object]) -> T:
+        """As `run`. What it returns is released if the caller was cancelled before it came."""
+        future = asyncio.get_running_loop().run_in_executor(self._pool, function)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda done: done.cancelled() or done.exception() or release(done.result()))
+            raise
+
     async def settle(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
         """Cleaning up: done also if the caller is cancelled meanwhile."""
         await asyncio.shield(asyncio.ensure_future(self.run(function, *args, **kwargs)))

@@ -8,14 +8,19 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from hiver_snapshots.local import LocalStore
 from hiver_snapshots.remote import RemoteStore
+from hiverd.contracts.filesystem import FileSystem
 from hiverd.contracts.snapshot import SnapshotInfo, SnapshotStore
-from hiverd.testing.snapshot_harness import FIRST, KEEP, StoreHarness
+from hiverd.sandboxes.snapshot_mounts import Locks, MountStore
+from hiverd.sandboxes.snapshot_places import FolderPlace, RemotePlace
+from hiverd.testing.snapshot_harness import FIRST, KEEP, StoreHarness, pieces
 
 _DIES: Final = """
 import asyncio, json, os, signal, sys
@@ -181,3 +186,77 @@ def unmarked(names: list[str]) -> list[str]:
     markers = {f"{name.rpartition('/')[0]}/{data_name(name)}": name for name in names if name.endswith(".snapshot")}
     archives = {name for name in names if name.rpartition("/")[2].startswith("data-")}
     return sorted(set(names) - {name for pair in markers.items() if pair[0] in archives for name in pair})
+
+
+class FolderMountHarness(StoreHarness):
+    """A mount that is a folder of this host."""
+
+    keeps_one = True
+
+    def __init__(self, folder: Path, spool: Path) -> None:
+        self.folder = folder
+        self.spool = spool
+        self.locks = Locks()
+        self.threads = ThreadPoolExecutor(4)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def build(self, keep: int = KEEP, *, instance: str = FIRST) -> SnapshotStore:
+        return MountStore(FolderPlace(self.folder, self.threads), self.spool, self.locks, "a")
+
+    async def damage(self, info: SnapshotInfo) -> None:
+        [path] = self.folder.glob(f"snapshot-{info.key}.tar*")
+        flip(path)
+
+    async def leftovers(self) -> list[str]:
+        found = [str(path) for path in self.folder.iterdir() if not path.name.startswith("snapshot-")]
+        return found + [str(path) for path in self.spool.iterdir()] if self.spool.exists() else found
+
+    async def abandon(self) -> None:
+        (self.folder / ".hiver-snapshot-0123456789abcdef").write_bytes(b"half of it")
+
+
+class BackendMountHarness(StoreHarness):
+    """A mount of any backend."""
+
+    keeps_one = True
+
+    def __init__(self, backend: Callable[[], FileSystem], spool: Path) -> None:
+        self.backend = backend
+        self.spool = spool
+        self.locks = Locks()
+
+    def build(self, keep: int = KEEP, *, instance: str = FIRST) -> SnapshotStore:
+        return _ClosingStore(self.backend(), self.spool, self.locks)
+
+    @asynccontextmanager
+    async def files(self) -> AsyncIterator[FileSystem]:
+        files = self.backend()
+        await files.open()
+        try:
+            yield files
+        finally:
+            await files.close()
+
+    async def damage(self, info: SnapshotInfo) -> None:
+        async with self.files() as files:
+            [path] = [entry.path async for entry in files.list_directory("/") if entry.path.startswith("/snapshot-")]
+            data = bytearray(b"".join([piece async for piece in files.read(path, 0, None)]))
+            data[len(data) // 2] ^= 1
+            await files.write(path, pieces(bytes(data)), size=len(data), expected_version=None)
+
+    async def leftovers(self) -> list[str]:
+        async with self.files() as files:
+            found = [entry.path async for entry in files.list_directory("/")]
+        return [path for path in found if not path.startswith("/snapshot-")]
+
+
+class _ClosingStore(MountStore):
+    def __init__(self, files: FileSystem, spool: Path, locks: Locks) -> None:
+        super().__init__(RemotePlace(files), spool, locks, "b")
+        self._files = files
+
+    async def start(self) -> None:
+        await self._files.open()
+
+    async def close(self) -> None:
+        await self._files.close()

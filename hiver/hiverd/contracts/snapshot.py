@@ -80,7 +80,8 @@ class SnapshotStore(abc.ABC):
 
         All pieces are compared with the checksum while they pass: if they are not what was put, the iterator raises
         `SnapshotDamagedError` *instead of ending*. So data are to be trusted only once it has ended. Who must know
-        before using any (a restore) goes through `hiverd.sandboxes.snapshot_stores.fetched`.
+        before using any (a restore) goes through `SnapshotStores.fetched` of
+        `hiverd.sandboxes.snapshot_stores`.
         """
 
     @abc.abstractmethod
