@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from hiverd import plugins
-from hiverd.contracts.errors import HiverError, InvalidError, NotFoundError, UnavailableError
+from hiverd.contracts.errors import HiverError, InvalidError, NotFoundError
 from hiverd.contracts.snapshot import SnapshotInfo, SnapshotStore, damaged_snapshot, verified
 from hiverd.sandboxes.mounts import MountPlanner, PlannedMount
 from hiverd.sandboxes.snapshot_mounts import Locks, MountStore, SnapshotReplacedError
@@ -40,58 +40,53 @@ class Fetched(Struct, frozen=True):
     """At its beginning; for reading. Nobody else changes it, and it need not have a name."""
 
 
-class SnapshotStores:
-    """The operator's store, and those in mounts of configurations. `spool`: a folder of this server's for archives on
-    their way; `instance` names this server."""
+async def open_store(settings: SnapshotsSettings, instance: str) -> SnapshotStore:
+    """The operator's store, started; the caller closes it. `instance` names this server.
 
-    def __init__(self, settings: SnapshotsSettings, planner: MountPlanner, spool: Path, instance: str) -> None:
+    Raises `InvalidError` if the settings name none that can be used. One that merely does not answer now is no reason
+    not to serve sandboxes: that is logged.
+    """
+    plugin = await asyncio.to_thread(plugins.load, "hiver.snapshots", settings.store, field="snapshots.store")
+    options = {
+        **settings.options,
+        "keep": settings.keep,
+        "path": str(settings.path),
+        "url": settings.url,
+        "instance": instance,
+    }
+    # Judging a URL may import the library for its scheme.
+    store = cast("SnapshotStore", await asyncio.to_thread(plugins.build, plugin, options))
+    try:
+        await asyncio.wait_for(store.start(), START_SECONDS)
+    except InvalidError:
+        await store.close()
+        raise
+    except TimeoutError:
+        log.warning("the snapshot store does not answer; snapshots fail until it does")
+    except HiverError as error:
+        log.warning("snapshots fail for now: %s", error.message)
+    return store
+
+
+class SnapshotStores:
+    """The operator's store, `default`, and those in mounts of configurations. `spool`: a folder of this server's for
+    archives on their way."""
+
+    def __init__(self, default: SnapshotStore, settings: SnapshotsSettings, planner: MountPlanner, spool: Path) -> None:
+        self.default = default
         self._settings = settings
         self._planner = planner
         self._spool = spool
-        self._instance = instance
-        self._default: SnapshotStore | None = None
         self._locks = Locks()
         self._threads = ThreadPoolExecutor(_MOUNT_THREADS, thread_name_prefix="snapshot-mounts")
-
-    @property
-    def default(self) -> SnapshotStore:
-        """The operator's."""
-        if self._default is None:
-            raise UnavailableError("the snapshot store is not ready")
-        return self._default
 
     @property
     def max_bytes(self) -> int:
         """Of an archive that comes in."""
         return self._settings.max_mib << 20
 
-    async def start(self) -> None:
-        """Raises `InvalidError` if the settings name no store that can be used. One that merely does not answer now is
-        no reason not to serve sandboxes: that is logged."""
-        settings = self._settings
-        plugin = await asyncio.to_thread(plugins.load, "hiver.snapshots", settings.store, field="snapshots.store")
-        options = {
-            **settings.options,
-            "keep": settings.keep,
-            "path": str(settings.path),
-            "url": settings.url,
-            "instance": self._instance,
-        }
-        # Judging a URL may import the library for its scheme.
-        store = cast("SnapshotStore", await asyncio.to_thread(plugins.build, plugin, options))
-        self._default = store
-        try:
-            await asyncio.wait_for(store.start(), START_SECONDS)
-        except InvalidError:
-            raise
-        except TimeoutError:
-            log.warning("the snapshot store does not answer; snapshots fail until it does")
-        except HiverError as error:
-            log.warning("snapshots fail for now: %s", error.message)
-
-    async def close(self) -> None:
-        if self._default is not None:
-            await self._default.close()
+    def close(self) -> None:
+        """The operator's store is not closed: whoever opened it does that."""
         self._threads.shutdown(wait=False)
 
     # -- which store --------------------------------------------------------------------------------------------------
