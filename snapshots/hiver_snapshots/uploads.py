@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import threading
@@ -16,20 +17,36 @@ from hiverd.contracts.errors import UnavailableError
 
 DATA: Final = "data-"
 _PART_BYTES: Final = 8 << 20
+_LIBRARIES: Final = ("aiobotocore", "botocore", "fsspec", "gcsfs", "google", "s3fs", "urllib3")
+"""What they log of errors shows URLs that let anyone go on with an upload. Errors come to the caller in any case."""
 _TRIES: Final = 100
 """For a folder that is removed, being empty, whenever it was made."""
+
+
+def _file_system(scheme: str) -> Any:
+    """The class for a scheme. Libraries come with extras; the URL was judged before."""
+    if scheme in {"gs", "gcs"}:
+        # What is registered asks by gRPC, past a configured endpoint, which kind of bucket it is. Objects suffice here.
+        from gcsfs.core import GCSFileSystem  # noqa: PLC0415
+
+        return GCSFileSystem
+    from fsspec.registry import get_filesystem_class  # noqa: PLC0415
+
+    return get_filesystem_class(scheme)
 
 
 class Place:
     """A file system of fsspec's, and the folder in it that holds all snapshots."""
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
-        import fsspec  # noqa: PLC0415 -- comes with an extra; the URL was judged before
-
         self._scheme = urlsplit(url).scheme
         # An instance of our own that remembers no listing: other servers may write to the same place.
-        self.files, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
-        self.root = str(root).rstrip("/")
+        for library in _LIBRARIES:
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        if self._scheme in {"gs", "gcs"}:
+            options = {"access": "read_write", **options}
+        self.files = _file_system(self._scheme)(skip_instance_cache=True, use_listings_cache=False, **options)
+        self.root = str(self.files._strip_protocol(url)).rstrip("/")
         self._on_disk = self._scheme == "file"
 
     def names(self, folder: str = "") -> list[str]:

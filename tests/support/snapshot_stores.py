@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from hiver_snapshots.local import LocalStore
 from hiver_snapshots.remote import RemoteStore
+from hiver_snapshots.uploads import Place
 from hiverd.contracts.filesystem import FileSystem
 from hiverd.contracts.snapshot import SnapshotInfo, SnapshotStore
 from hiverd.sandboxes.snapshot_mounts import Locks, MountStore
@@ -119,13 +120,11 @@ class UrlHarness(StoreHarness):
     """Any URL, looked at with fsspec's own synchronous calls."""
 
     def __init__(self, url: str, **options: Any) -> None:
-        import fsspec
-
         self.url = url
         self.options = options
         own = {name: value for name, value in options.items() if name != "memory"}
-        self.files, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **own)
-        self.root = str(root).rstrip("/")
+        place = Place(url, own)
+        self.files, self.root = place.files, place.root
 
     def build(self, keep: int = KEEP, *, instance: str = FIRST) -> SnapshotStore:
         return RemoteStore(options_for(url=self.url, keep=keep, instance=instance, **self.options))
