@@ -182,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/token", "_token"),
         ("GET", r"/storage/v1/b/([^/]+)/o", "_list"),
         ("GET", r"/storage/v1/b/([^/]+)/o/([^/]+)", "_get"),
+        ("GET", r"/download/storage/v1/b/([^/]+)/o/([^/]+)", "_get"),
         ("DELETE", r"/storage/v1/b/([^/]+)/o/([^/]+)", "_delete"),
         ("POST", r"/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", "_rewrite"),
         ("POST", r"/upload/storage/v1/b/([^/]+)/o", "_upload"),
