@@ -19,7 +19,7 @@ from hiverd.api.injected import AnyRequest, TheKeepalive, TheSnapshotStores
 from hiverd.api.streams import HeldJson, while_connected
 from hiverd.api.transfers import body_length
 from hiverd.contracts.errors import HiverError, InvalidError, NotFoundError
-from hiverd.contracts.snapshot import SnapshotInfo, SnapshotStore, missing_snapshot
+from hiverd.contracts.snapshot import SnapshotInfo, SnapshotStore, closing, missing_snapshot
 from hiverd.files.paths import content_disposition
 from hiverd.wire.answers import SnapshotEntry, SnapshotStored, SnapshotVersion
 from hiverd.wire.keys import check_key
@@ -119,7 +119,8 @@ class SnapshotsController(Controller):
 
         async def work() -> SnapshotStored:
             store = snapshot_stores.default
-            return _stored(await store.put(target, store.get(key, version)))
+            async with closing(store.get(key, version)) as content:
+                return _stored(await store.put(target, content))
 
         return HeldJson(
             work(),
@@ -207,9 +208,10 @@ class ArchiveDownload(ASGIResponse):
     async def _send(self, send: Send) -> None:
         await self.start_response(send)
         try:
-            async for piece in self._rest:
-                await send(_body(self._held, more=True))
-                self._held = piece
+            async with closing(self._rest):
+                async for piece in self._rest:
+                    await send(_body(self._held, more=True))
+                    self._held = piece
         except HiverError as error:
             log.warning("an export ends incomplete: %s", error.message)
             return

@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -133,16 +134,27 @@ def version_time(version: str) -> datetime | None:
         return None
 
 
+@asynccontextmanager
+async def closing(content: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+    """Frees what content holds open, also if it was not read to its end."""
+    try:
+        yield content
+    finally:
+        if isinstance(content, AsyncGenerator):
+            await content.aclose()
+
+
 async def verified(info: SnapshotInfo, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Passes the pieces on. Raises `SnapshotDamagedError` instead of ending if they are not what `info` says."""
     digest, size = hashlib.sha256(), 0
-    async for piece in content:
-        if len(piece) > _INLINE_BYTES:
-            await asyncio.to_thread(digest.update, piece)
-        else:
-            digest.update(piece)
-        size += len(piece)
-        yield piece
+    async with closing(content):
+        async for piece in content:
+            if len(piece) > _INLINE_BYTES:
+                await asyncio.to_thread(digest.update, piece)
+            else:
+                digest.update(piece)
+            size += len(piece)
+            yield piece
     if size != info.bytes or (info.sha256 is not None and digest.hexdigest() != info.sha256):
         raise damaged_snapshot(info)
 

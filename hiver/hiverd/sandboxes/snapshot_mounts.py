@@ -22,6 +22,7 @@ from hiverd.contracts.errors import BackendError, UnavailableError
 from hiverd.contracts.snapshot import (
     SnapshotInfo,
     SnapshotStore,
+    closing,
     damaged_snapshot,
     is_snapshot_key,
     missing_snapshot,
@@ -82,14 +83,14 @@ class MountStore(SnapshotStore):
     async def get(self, key: str, version: str | None = None) -> AsyncIterator[bytes]:
         found = await self._found(key, version)
         reading = _Reading(found.info)
-        pieces = self._place.read(found.name, 0, None)
-        while True:
-            with _told():
-                piece = await anext(pieces, None)
-            if piece is None:
-                break
-            if ready := await asyncio.to_thread(reading.take, piece):
-                yield ready
+        async with closing(self._place.read(found.name, 0, None)) as pieces:
+            while True:
+                with _told():
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    break
+                if ready := await asyncio.to_thread(reading.take, piece):
+                    yield ready
         if last := reading.last():
             yield last
         reading.require_whole(version)
@@ -129,7 +130,8 @@ class MountStore(SnapshotStore):
             try:
                 size, changed = await self._place.look(name)
                 start = max(0, size - TRAILER_MAX_BYTES)
-                tail = b"".join([piece async for piece in self._place.read(name, start, size - start)])
+                async with closing(self._place.read(name, start, size - start)) as pieces:
+                    tail = b"".join([piece async for piece in pieces])
             except FileNotFoundError:
                 return None
         ours = parsed(tail, size)

@@ -13,6 +13,7 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, Final
 
 from hiverd.contracts.errors import HiverError, UnavailableError
+from hiverd.contracts.snapshot import closing
 
 _HEAD_BYTES: Final = 8
 
@@ -88,6 +89,15 @@ async def spooled(folder: Path, content: AsyncIterator[bytes], max_bytes: int | 
             await asyncio.to_thread(spool.open)
         except OSError as error:
             raise _no_room(error) from error
+        await _fill(spool, content, max_bytes)
+        yield spool
+    finally:
+        with suppress(OSError):
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(spool.close)))
+
+
+async def _fill(spool: Spool, content: AsyncIterator[bytes], max_bytes: int | None) -> None:
+    async with closing(content):
         async for piece in content:
             if max_bytes is not None and spool.size + len(piece) > max_bytes:
                 raise HiverError(f"the archive has more than {max_bytes >> 20} MiB (snapshots.max_mib)")
@@ -95,11 +105,6 @@ async def spooled(folder: Path, content: AsyncIterator[bytes], max_bytes: int | 
                 await asyncio.to_thread(spool.append, piece)
             except OSError as error:
                 raise _no_room(error) from error
-        yield spool
-    finally:
-        closing = asyncio.ensure_future(asyncio.to_thread(spool.close))
-        with suppress(OSError):
-            await asyncio.shield(closing)
 
 
 def _no_room(error: OSError) -> UnavailableError:

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from hiverd import plugins
 from hiverd.contracts.errors import HiverError, InvalidError, NotFoundError
-from hiverd.contracts.snapshot import SnapshotInfo, SnapshotStore, damaged_snapshot, verified
+from hiverd.contracts.snapshot import SnapshotInfo, SnapshotStore, closing, damaged_snapshot, verified
 from hiverd.sandboxes.mounts import MountPlanner, PlannedMount
 from hiverd.sandboxes.snapshot_mounts import Locks, MountStore, SnapshotReplacedError
 from hiverd.sandboxes.snapshot_places import FolderPlace, Place, RemotePlace, acquired
@@ -198,7 +198,8 @@ class CopyingStore(SnapshotStore):
     async def put(self, key: str, content: AsyncIterator[bytes]) -> SnapshotInfo:
         info = await self._kept.put(key, content)
         try:
-            await self._copy.put(key, self._kept.get(key, info.version))
+            async with closing(self._kept.get(key, info.version)) as stored:
+                await self._copy.put(key, stored)
         except HiverError as error:
             log.warning("snapshot %s is stored; its copy in the mount is not: %s", key, error.message)
         return info
