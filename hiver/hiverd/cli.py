@@ -6,22 +6,29 @@ from __future__ import annotations
 import json
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from hiverd.cli_common import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SETTINGS,
+    end,
+    print_table,
+    reported,
+    server_at,
+    server_option,
+)
+from hiverd.cli_snapshots import snapshots
+
 if TYPE_CHECKING:
-    from hiverd.cli_client import Server
     from hiverd.settings import Settings
 
-EXIT_FAILED: Final = 1
-EXIT_SETTINGS: Final = 2
 EXIT_EXEC_FAILED: Final = 125
 """`hiver exec` itself failed; other codes are the command's own. As `env` and `timeout` have it."""
-EXIT_INTERRUPTED: Final = 130
 
 _EPILOG: Final = """\b
 Examples:
@@ -31,35 +38,11 @@ Examples:
   hiver exec demo -- python3 -V           run a command in sandbox "demo"
   hiver events demo --follow              watch what it does
   hiver rm demo                           end it
+  hiver snapshots ls                      what is kept of sandboxes
 
 \b
 Exit codes: 0 success, 1 failure, 2 wrong usage or settings, 3 no server answers.
 """
-
-
-def _end(message: str, exit_code: int) -> NoReturn:
-    """One clear line on stderr and an exit code."""
-    click.echo(f"hiver: {message}", err=True)
-    raise SystemExit(exit_code)
-
-
-@contextmanager
-def _reported(exit_code: int | None = None) -> Iterator[None]:
-    """Turns the expected failures of a command into one line and an exit code."""
-    from hiverd.cli_client import CallError
-    from hiverd.contracts.errors import HiverError
-    from hiverd.settings import SettingsError
-
-    try:
-        yield
-    except CallError as error:
-        _end(error.message, error.exit_code if exit_code is None else exit_code)
-    except SettingsError as error:
-        _end(error.message, EXIT_SETTINGS)
-    except HiverError as error:
-        _end(error.message, EXIT_FAILED if exit_code is None else exit_code)
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,28 +56,12 @@ def main() -> None:
 _config_option: Final = click.option(
     "--config", "config", type=click.Path(path_type=Path), metavar="FILE", help="TOML file with settings."
 )
-_server_option: Final = click.option(
-    "--server",
-    "server_url",
-    envvar="HIVER_GATEWAY_URL",
-    default="http://localhost:10000",
-    show_default=True,
-    show_envvar=True,
-    metavar="URL",
-    help="The server to talk to.",
-)
 
 
 def _settings(config: Path | None, **overrides: Any) -> Settings:
     from hiverd.settings import load_settings
 
     return load_settings(config, overrides=overrides)
-
-
-def _server(url: str) -> Server:
-    from hiverd.cli_client import Server
-
-    return Server(url)
 
 
 @main.command(
@@ -111,7 +78,7 @@ def serve(config: Path | None, **options: Any) -> None:
 
     Sandboxes go on when it stops, and the next start adopts them, unless --ephemeral is given.
     """
-    with _reported():
+    with reported():
         settings = _settings(config, **{f"server.{name}": value for name, value in options.items()})
         from hiverd.app import run
 
@@ -127,26 +94,23 @@ def doctor(config: Path | None) -> None:
     """
     from hiverd.doctor import examine
 
-    with _reported():
+    with reported():
         report = examine(_settings(config))
     click.echo(report.text)
     raise SystemExit(0 if report.healthy else EXIT_FAILED)
 
 
 @main.command("ls")
-@_server_option
+@server_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def list_sandboxes(server_url: str, as_json: bool) -> None:
     """List sandboxes: key, status and id."""
-    with _reported():
-        refs = _server(server_url).sandboxes()
+    with reported():
+        refs = server_at(server_url).sandboxes()
     if as_json:
         click.echo(json.dumps(refs))
         return
-    rows = [("KEY", "STATUS", "ID"), *((ref["key"], ref.get("status", "running"), ref["id"]) for ref in refs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for key, status, sandbox_id in rows:
-        click.echo(f"{key:<{widths[0]}}  {status:<{widths[1]}}  {sandbox_id}")
+    print_table([("KEY", "STATUS", "ID"), *((ref["key"], ref.get("status", "running"), ref["id"]) for ref in refs)])
 
 
 def _split_env(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -161,7 +125,7 @@ def _split_env(_context: click.Context, _parameter: click.Parameter, values: tup
     epilog="\b\nExamples:\n  hiver exec demo -- ls -l /workspace\n  hiver exec demo -- sh -c 'echo $HOME | wc -c'\n\n"
     "\b\nThe exit code is the command's own; 125 means that it could not be run, 130 that you interrupted it.",
 )
-@_server_option
+@server_option
 @click.option("--cwd", metavar="DIR", help="Working directory inside the sandbox.")
 @click.option(
     "--env", "env", multiple=True, metavar="NAME=VALUE", callback=_split_env, help="Set a variable; repeatable."
@@ -174,35 +138,35 @@ def exec_command(server_url: str, cwd: str | None, env: dict[str, str], key: str
     No shell is involved. Leaving, with Ctrl-C say, kills the command.
     """
     body = {"command": list(command), **({"cwd": cwd} if cwd else {}), **({"env": env} if env else {})}
-    with _reported(EXIT_EXEC_FAILED):
-        for frame in _server(server_url).exec_stream(key, str(uuid.uuid4()), body):
+    with reported(EXIT_EXEC_FAILED):
+        for frame in server_at(server_url).exec_stream(key, str(uuid.uuid4()), body):
             if frame["type"] == "exit":
                 raise SystemExit(frame["code"])
             stream = sys.stderr if frame["type"] == "stderr" else sys.stdout
             stream.buffer.write(frame["text"].encode("utf-8", "replace"))
             stream.flush()
-    _end("the connection ended before the command did", EXIT_EXEC_FAILED)
+    end("the connection ended before the command did", EXIT_EXEC_FAILED)
 
 
 @main.command(epilog="\b\nExamples:\n  hiver events demo\n  hiver events demo --follow --after 120 | jq .type")
-@_server_option
+@server_option
 @click.option("--follow", "-f", is_flag=True, help="Go on with live events until the sandbox ends.")
 @click.option("--after", type=click.IntRange(min=0), metavar="ID", help="Only events with a greater id.")
 @click.argument("key")
 def events(server_url: str, follow: bool, after: int | None, key: str) -> None:
     """Print the events of the sandbox KEY, one JSON object per line."""
-    with _reported():
-        for event in _server(server_url).events(key, after=after, follow=follow):
+    with reported():
+        for event in server_at(server_url).events(key, after=after, follow=follow):
             click.echo(json.dumps(event))
 
 
 @main.command("rm", epilog="\b\nExample:\n  hiver rm demo other")
-@_server_option
+@server_option
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 def remove(server_url: str, keys: tuple[str, ...]) -> None:
     """Stop and remove sandboxes."""
-    with _reported():
-        server = _server(server_url)
+    with reported():
+        server = server_at(server_url)
         for key in keys:
             server.delete(key)
             click.echo(key)
@@ -232,6 +196,10 @@ def mount_server(folder: str) -> None:  # noqa: ARG001 -- names it in the list o
 
     work()
 
+
+main.add_command(snapshots)
+
+__all__ = ["COMMANDS", "EXIT_EXEC_FAILED", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_SETTINGS", "main"]
 
 COMMANDS: Final[dict[str, Callable[..., Any]]] = {
     name: command for name, command in main.commands.items() if not command.hidden

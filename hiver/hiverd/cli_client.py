@@ -5,17 +5,20 @@ No proxy of the environment is used: the server is on this host or was named on 
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, Final
 from urllib.parse import quote, urlsplit
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_UNREACHABLE: Final = 3
+SHA256_HEADER: Final = "x-hiver-snapshot-sha256"
+_PIECE_BYTES: Final = 1 << 20
 _SILENCE_SECONDS: Final = 60.0
 """The server sends a byte every 2 s on streams and long answers; this much silence means that it is gone."""
 
@@ -60,6 +63,44 @@ class Server:
         """Stops and removes a sandbox."""
         self._call("DELETE", self._path(key))
 
+    def snapshots(self) -> list[dict[str, Any]]:
+        """All snapshots as `{"key", "versions": [{"version", "bytes", "created_at", "sha256"?}]}`."""
+        answer = self._call("GET", "/v1/snapshots")
+        if not isinstance(answer, list):
+            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+        return answer
+
+    def snapshot(self, key: str) -> dict[str, Any]:
+        """One of them."""
+        answer = self._call("GET", _snapshot_path(key))
+        if not isinstance(answer, dict):
+            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+        return answer
+
+    def delete_snapshot(self, key: str, version: str | None) -> None:
+        """All of its versions if none is named."""
+        self._call("DELETE", _snapshot_path(key, "", version))
+
+    def export_snapshot(self, key: str, version: str | None, target: BinaryIO) -> None:
+        """Writes the archive. Raises `CallError` if it does not arrive as the server has it."""
+        digest = hashlib.sha256()
+        with self._request("GET", _snapshot_path(key, "/archive", version), None) as response:
+            expected = response.headers.get(SHA256_HEADER)
+            while piece := response.read(_PIECE_BYTES):
+                digest.update(piece)
+                target.write(piece)
+        if response.length or (expected is not None and digest.hexdigest() != expected):
+            raise CallError(f'the archive of "{key}" did not arrive whole; the server\'s log may say why')
+
+    def import_snapshot(self, key: str, content: BinaryIO) -> dict[str, Any]:
+        """Stores an archive as the newest version; answers as `snapshots` has a version, with its key."""
+        pieces = iter(lambda: content.read(_PIECE_BYTES), b"")
+        with self._request("PUT", _snapshot_path(key, "/archive"), pieces) as response:
+            answer = json.loads(response.read())
+        if not isinstance(answer, dict) or "version" not in answer:
+            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+        return answer
+
     def exec_stream(self, key: str, exec_id: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Frames of a command's output, the last one of type `exit`."""
         return self._stream("POST", self._path(key, f"/exec-stream/{exec_id}"), json.dumps(body).encode())
@@ -85,12 +126,20 @@ class Server:
             yield from _frames(response)
 
     @contextmanager
-    def _request(self, method: str, path: str, body: bytes | None) -> Iterator[http.client.HTTPResponse]:
+    def _request(
+        self, method: str, path: str, body: bytes | Iterator[bytes] | None
+    ) -> Iterator[http.client.HTTPResponse]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._timeout_seconds)
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+        headers = {"Content-Type": "application/json"} if isinstance(body, bytes) else {}
+        if isinstance(body, Iterator):
+            headers = {"Content-Type": "application/octet-stream", "Transfer-Encoding": "chunked"}
         try:
-            connection.request(method, self._base + path, body=body, headers=headers)
+            # A server that refuses a long body answers and hangs up before it has read all of it.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(
+                    method, self._base + path, body=body, headers=headers, encode_chunked=isinstance(body, Iterator)
+                )
             response = connection.getresponse()
             if response.status >= 400:
                 raise CallError(_error_text(response))
@@ -106,6 +155,11 @@ class Server:
         if isinstance(error, TimeoutError):
             return CallError(f"the server at {self._url} does not answer", EXIT_UNREACHABLE)
         return CallError(f"the connection to {self._url} failed: {error or type(error).__name__}", EXIT_UNREACHABLE)
+
+
+def _snapshot_path(key: str, rest: str = "", version: str | None = None) -> str:
+    query = "" if version is None else f"?version={quote(version, safe='')}"
+    return f"/v1/snapshots/{quote(key, safe='')}{rest}{query}"
 
 
 def _error_text(response: http.client.HTTPResponse) -> str:

@@ -36,6 +36,7 @@ from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.snapshot_stores import SnapshotStores, open_store
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
 from hiverd.sandboxes.stdio import StdioLimits
 from hiverd.sandboxes.tasks import TaskGroup
@@ -69,6 +70,9 @@ class Services:
         stack.callback(_take_data_dir(data_dir).close)
         database = await Database.open(data_dir / "hiver.sqlite3")
         stack.push_async_callback(database.close)
+        # Before anything is made: settings that cannot be are told, and nothing is left.
+        self.snapshot_store = await open_store(settings.snapshots, instance_of(data_dir))
+        stack.push_async_callback(self.snapshot_store.close)
         self.records = Records(database)
         self.journal = Journal(
             database, self.clock, max_count=settings.events.max_count, max_bytes=settings.events.max_bytes
@@ -98,6 +102,7 @@ class Services:
         stack.callback(self.files.close)
         stack.push_async_callback(self.sockets.close)
         stack.push_async_callback(self.gateway.close)
+        stack.callback(self.snapshot_stores.close)
         await self.manager.adopt_all()
         await self.governed.resume(await self.governed.left_behind(self.manager.owned_ids()))
         await self.housekeeping.sweep()
@@ -130,6 +135,9 @@ class Services:
             self.tasks,
         )
         self.mounting = Mounting(self.planner, self.governed)
+        self.snapshot_stores = SnapshotStores(
+            self.snapshot_store, settings.snapshots, self.planner, settings.server.data_dir / "spool"
+        )
         defaults = SpecDefaults(
             image=settings.sandbox.default_image,
             cpu=settings.sandbox.cpu,

@@ -25,6 +25,7 @@ from hiverd.api.guard import BrowserGuard
 from hiverd.api.parsers import ParserWatch
 from hiverd.api.running import RunningController, provide_any_sandbox, provide_sandbox
 from hiverd.api.sandboxes import ControllerRoutes, CreateController, PodController, pod_events
+from hiverd.api.snapshots import SnapshotsController
 from hiverd.api.streams import close_all_streams
 from hiverd.api.transfers import DirectProtocol
 from hiverd.services import Services, say
@@ -73,6 +74,7 @@ def build_asgi(services: Services) -> Front:
         "isolation": services.isolation,
         "files": services.files,
         "parsers": ParserWatch(),
+        "snapshot_stores": services.snapshot_stores,
         "keepalive_seconds": services.settings.exec.keepalive_seconds,
     }
     dependencies = {name: Provide(_constant(value), sync_to_thread=False) for name, value in shared.items()}
@@ -88,6 +90,7 @@ def build_asgi(services: Services) -> Front:
             ExecController,
             EventsController,
             FilesController,
+            SnapshotsController,
         ],
         dependencies=dependencies,
         exception_handlers={Exception: handle_error},

@@ -182,10 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/token", "_token"),
         ("GET", r"/storage/v1/b/([^/]+)/o", "_list"),
         ("GET", r"/storage/v1/b/([^/]+)/o/([^/]+)", "_get"),
+        ("GET", r"/download/storage/v1/b/([^/]+)/o/([^/]+)", "_get"),
         ("DELETE", r"/storage/v1/b/([^/]+)/o/([^/]+)", "_delete"),
         ("POST", r"/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", "_rewrite"),
         ("POST", r"/upload/storage/v1/b/([^/]+)/o", "_upload"),
         ("PUT", r"/upload/session/(\w+)", "_chunk"),
+        ("POST", r"/upload/session/(\w+)", "_chunk"),
         ("DELETE", r"/upload/session/(\w+)", "_cancel"),
     ]
 
@@ -268,13 +270,14 @@ class _Handler(BaseHTTPRequestHandler):
         state, condition = self.server_state, self.query.get("ifGenerationMatch")
         if self.query["uploadType"] == "multipart":
             resource, data = _parts(self.headers["Content-Type"], self.body)
-            made = state.store(bucket, resource["name"], data, resource.get("metadata", {}), condition)
+            made = state.store(bucket, resource["name"], data, resource.get("metadata") or {}, condition)
             return _json(_resource(resource["name"], made))
         assert self.query["uploadType"] == "resumable"
-        resource = json.loads(self.body)
+        # gcsfs names the object in the query, others in the resource.
+        resource = {"name": self.query.get("name"), **json.loads(self.body or b"{}")}
         state.check(bucket, resource["name"], condition)
         session = secrets.token_hex(16)
-        state.sessions[session] = Session(bucket, resource["name"], resource.get("metadata", {}), condition)
+        state.sessions[session] = Session(bucket, resource["name"], resource.get("metadata") or {}, condition)
         return Answer(200, headers={"Location": f"http://{self.headers['Host']}/upload/session/{session}"})
 
     def _chunk(self, key: str) -> Answer:
@@ -332,11 +335,13 @@ def _parts(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
     match = re.search(r'boundary="?([^";]+)', content_type)
     assert match is not None
     boundary = f"--{match[1]}".encode()
+    # MIME says CRLF; gcsfs sends LF alone, and the service takes it.
+    end = b"\r\n" if boundary + b"\r\n" in body else b"\n"
     head, data = (
-        body.removesuffix(b"\r\n" + boundary + b"--\r\n")
-        .removesuffix(b"\r\n" + boundary + b"--")
-        .split(b"\r\n" + boundary + b"\r\n", 1)
+        body.removesuffix(end + boundary + b"--" + end)
+        .removesuffix(end + boundary + b"--")
+        .split(end + boundary + end, 1)
     )
-    resource = BytesParser().parsebytes(head.removeprefix(boundary + b"\r\n")).get_payload()
+    resource = BytesParser().parsebytes(head.removeprefix(boundary + end)).get_payload()
     assert isinstance(resource, str)
-    return json.loads(resource), data.split(b"\r\n\r\n", 1)[1]
+    return json.loads(resource), data.split(end + end, 1)[1]

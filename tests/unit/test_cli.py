@@ -316,6 +316,6 @@ def test_interrupting_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_url: str) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_server", interrupted)
+    monkeypatch.setattr(cli, "server_at", interrupted)
     for arguments in (("ls",), ("exec", "demo", "--", "x"), ("events", "demo")):
         assert hiver(*arguments).exit_code == 130

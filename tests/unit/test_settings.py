@@ -56,6 +56,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "list of strings": ("a, b", ("a", "b")),
     "list of paths": ("/a,/b", (Path("/a"), Path("/b"))),
     "string": ("text", "text"),
+    "table": ('{"a": 1}', {"a": 1}),
 }
 
 

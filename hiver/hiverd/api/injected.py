@@ -15,6 +15,7 @@ from hiverd.sandboxes.execs import Execs
 from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.sandboxes.snapshot_stores import SnapshotStores
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -28,3 +29,4 @@ TheManager = NamedDependency[Manager]
 TheParsers = NamedDependency[ParserWatch]
 ThePlanner = NamedDependency[MountPlanner]
 TheSandbox = NamedDependency[Sandbox]
+TheSnapshotStores = NamedDependency[SnapshotStores]

@@ -65,7 +65,7 @@ class HeldJson(Generic[T]):
         task = asyncio.create_task(self._work, name=self._name)
         task.add_done_callback(_consume)
         try:
-            await _until_disconnect(receive, self._answer(task, send))
+            await while_connected(receive, self._answer(task, send))
         finally:
             if self._cancel_on_disconnect and not task.done():
                 task.cancel()
@@ -107,7 +107,7 @@ class EventStream:
         self._frames = frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _until_disconnect(receive, self._send_all(send))
+        await while_connected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._frames) as frames:
@@ -130,7 +130,7 @@ async def _start(send: Send, status: int, headers: list[tuple[bytes, bytes]], le
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-async def _until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Runs `work` until it is done or the client has left; then it is cancelled."""
     worker = asyncio.create_task(work, name="stream")
     watcher = asyncio.create_task(_disconnected(receive), name="disconnect-watcher")

@@ -16,6 +16,7 @@ from hiverd.settings.model import (
     SandboxSettings,
     ServerSettings,
     Settings,
+    SnapshotsSettings,
 )
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "ServerSettings",
     "Settings",
     "SettingsError",
+    "SnapshotsSettings",
     "load_settings",
 ]

@@ -177,12 +177,9 @@ def _nearest_variable(variable: str, known: list[str]) -> str:
 
 def _as_object(variable: str, text: str) -> dict[str, Any]:
     try:
-        value = parse_json(text.encode("utf-8", "surrogateescape"))
-    except InvalidError as error:
-        raise SettingsError(f"{variable}: {error.message.replace('the body', 'the value')}") from None
-    if not isinstance(value, dict):
-        raise SettingsError(f"{variable}: expected a JSON object")
-    return value
+        return _as_table(text)
+    except ValueError as error:
+        raise SettingsError(f"{variable}: {error}") from None
 
 
 def _guess(text: str) -> Any:
@@ -222,11 +219,22 @@ def _as_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
+def _as_table(text: str) -> dict[str, Any]:
+    try:
+        value = parse_json(text.encode("utf-8", "surrogateescape"))
+    except InvalidError as error:
+        raise ValueError(error.message.replace("the body", "the value")) from None
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value
+
+
 _PARSERS: Final[Mapping[type[inspect.Type], Callable[[str], Any]]] = {
     inspect.BoolType: _as_bool,
     inspect.IntType: _as_int,
     inspect.FloatType: _as_float,
     inspect.VarTupleType: _as_list,
+    inspect.DictType: _as_table,
 }
 
 
@@ -235,12 +243,15 @@ def _with_folders(settings: Settings, environ: Mapping[str, str]) -> Settings:
     server = settings.server
     data_dir = _default_data_dir(environ) if server.data_dir == AUTO else _absolute(server.data_dir)
     run_dir = _default_run_dir(environ, data_dir) if server.run_dir == AUTO else _absolute(server.run_dir)
+    snapshots = settings.snapshots
+    path = data_dir / "snapshots" if snapshots.path == AUTO else _absolute(snapshots.path)
     replace = msgspec.structs.replace
     return replace(
         settings,
         server=replace(server, data_dir=data_dir, run_dir=run_dir),
         files=replace(settings.files, origin_roots=tuple(map(_absolute, settings.files.origin_roots))),
         egress=replace(settings.egress, upstream_ca_files=tuple(map(_absolute, settings.egress.upstream_ca_files))),
+        snapshots=replace(snapshots, path=path),
     )
 
 

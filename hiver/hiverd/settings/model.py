@@ -216,6 +216,39 @@ class ProxySettings(Struct, frozen=True, kw_only=True):
     ] = 60.0
 
 
+class SnapshotsSettings(Struct, frozen=True, kw_only=True):
+    """What is kept of sandboxes beyond their end."""
+
+    store: Annotated[
+        str,
+        Meta(
+            description="Plug-in that keeps snapshots: local (a folder of this host), remote (what url names), or "
+            "another that is installed.",
+            min_length=1,
+        ),
+    ] = "local"
+    path: Annotated[Path, Meta(description='Folder of the store local. "auto" is snapshots in the data folder.')] = AUTO
+    url: Annotated[
+        str,
+        Meta(
+            description="Place of the store remote, such as gs://bucket/prefix, s3://bucket/prefix or file:///folder. "
+            "Holds no credentials: they come from the environment that the library for the scheme reads (gcsfs, s3fs)."
+        ),
+    ] = ""
+    options: Annotated[
+        dict[str, Any],
+        Meta(
+            description="Further options of the store. Those of remote go to the library for the scheme: "
+            '{ endpoint_url = "https://minio.example" }.'
+        ),
+    ] = {}
+    keep: Annotated[
+        int,
+        Meta(description="Versions kept of each snapshot; older ones go when a new one is complete.", ge=1, le=1000),
+    ] = 3
+    max_mib: Annotated[int, Meta(description="Largest archive that is imported or restored.", ge=1)] = 10240
+
+
 class ImageAlias(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An image under a short name, with defaults for what a configuration leaves out (PROTOCOL 0.19).
 
@@ -239,6 +272,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     files: FilesSettings = FilesSettings()
     egress: EgressSettings = EgressSettings()
     proxy: ProxySettings = ProxySettings()
+    snapshots: SnapshotsSettings = SnapshotsSettings()
     images: Annotated[
         dict[str, ImageAlias],
         Meta(

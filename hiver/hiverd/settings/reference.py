@@ -75,7 +75,12 @@ def _type_text(kind: inspect.Type) -> str:
         return "list of paths" if isinstance(kind.item_type, inspect.CustomType) else "list of strings"
     if isinstance(kind, inspect.IntType | inspect.FloatType):
         return f"{'integer' if isinstance(kind, inspect.IntType) else 'number'}{_bounds_text(kind)}"
-    names = {inspect.StrType: "string", inspect.BoolType: "boolean", inspect.CustomType: "path"}
+    names = {
+        inspect.StrType: "string",
+        inspect.BoolType: "boolean",
+        inspect.CustomType: "path",
+        inspect.DictType: "table",
+    }
     return names[type(kind)]
 
 
@@ -93,6 +98,8 @@ def toml_value(value: Any) -> str:
         return str(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(name)} = {toml_value(item)}" for name, item in value.items()) + "}"
     if isinstance(value, ImageAlias):
         return json.dumps(value.image)
     return json.dumps(str(value))

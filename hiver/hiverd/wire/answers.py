@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Final, Literal
 
 import msgspec
@@ -109,6 +110,32 @@ class SnapshotResult(Struct, frozen=True, omit_defaults=True):
 
     vm: SnapshotPartResult | None = None
     files: SnapshotPartResult | None = None
+
+
+class SnapshotVersion(Struct, frozen=True, omit_defaults=True):
+    """One version of a snapshot: an archive of so many bytes. `created_at` in UTC. No `sha256`: nobody knows it."""
+
+    version: str
+    bytes: int
+    created_at: datetime
+    sha256: str | None = None
+
+
+class SnapshotEntry(Struct, frozen=True):
+    """One key of the snapshot store; versions from the newest to the oldest, never none."""
+
+    key: str
+    versions: tuple[SnapshotVersion, ...]
+
+
+class SnapshotStored(Struct, frozen=True, omit_defaults=True):
+    """Answer to import and fork: what is the newest version of the key now."""
+
+    key: str
+    version: str
+    bytes: int
+    created_at: datetime
+    sha256: str | None = None
 
 
 class ErrorBody(Struct, frozen=True, omit_defaults=True):

@@ -9,6 +9,7 @@ from typing import Final
 from msgspec import Struct
 
 from hiverd.strict import build, fail, parse_json
+from hiverd.wire.keys import check_key
 from hiverd.wire.model import Snapshot, SnapshotFiles, SnapshotVm
 from hiverd.wire.validation import validate_arguments, validate_environment, validate_snapshot_parts, validate_text
 from hiverd.wire.validation_files import clean_path, validate_absolute
@@ -39,6 +40,12 @@ class SnapshotRequest(Struct, frozen=True, omit_defaults=True):
 
     vm: SnapshotVm | None = None
     files: SnapshotFiles | None = None
+
+
+class SnapshotFork(Struct, frozen=True):
+    """Where a copy of a snapshot goes."""
+
+    to: str
 
 
 def decode_exec(raw: bytes) -> ExecRequest:
@@ -74,6 +81,13 @@ def decode_snapshot(raw: bytes) -> SnapshotRequest:
         mount=clean_path(request.files.mount),
     )
     return SnapshotRequest(vm=request.vm, files=files)
+
+
+def decode_fork(raw: bytes) -> SnapshotFork:
+    """Reads and checks the body of a fork. Raises `InvalidError`."""
+    fork = build(SnapshotFork, parse_json(raw))
+    check_key(fork.to, field="to")
+    return fork
 
 
 def argv_of(command: Command) -> tuple[str, ...] | None:
