@@ -42,6 +42,7 @@ from .workload import DockerWorkload, Identity
 _SANDBOX_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 _ORPHANS_SECONDS: Final = 0.1
 _T = TypeVar("_T")
+Folders = tuple[tuple[Path, str], ...]
 
 
 class DockerIsolation(Isolation):
@@ -185,7 +186,8 @@ class DockerIsolation(Isolation):
             if stat is None or pids.has_ended(descriptor):
                 raise BackendError("the sandbox ended while it was made")
             self._cgroups.register(spec.sandbox_id, pid)
-            self._build_root(spec, layers.of(prepared, container, found), places)
+            host_id = below.root_id(pid)
+            self._build_root(spec, prepared, layers.of(prepared, container, found), places, host_id)
             rootswap.replace(pid, str(places.rootfs))
             unmount_below(places.mount)
             identity = Identity(
@@ -195,6 +197,7 @@ class DockerIsolation(Isolation):
                 boot_id=pids.boot_id(),
                 runtime=found.program,
                 state_dir=found.state_dir,
+                host_id=host_id,
                 apparmor=str(container.get("AppArmorProfile") or ""),
                 selinux=str(container.get("ProcessLabel") or ""),
             )
@@ -203,14 +206,20 @@ class DockerIsolation(Isolation):
             os.close(descriptor)
             raise
 
-    def _build_root(self, spec: WorkloadSpec, folders: tuple[tuple[Path, str], ...], places: Places) -> None:
+    def _build_root(
+        self, spec: WorkloadSpec, prepared: Prepared, folders: Folders, places: Places, host_id: int | None
+    ) -> None:
+        owner = host_id or 0
         etc = inside.identity(spec.hostname, spec.extra_hosts)
-        self._rootfs.mount(folders, spec.volume, places.rootfs, None, etc)
+        # An Engine that maps user ids has its images' files on disk with the owners that they are mapped to.
+        shifted = prepared.layers is None
+        os.chown(places.mount, owner, owner)
+        self._rootfs.mount(folders, spec.volume, places.rootfs, host_id, etc, shifted=shifted)
         root = os.open(places.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            rootswap.make_places(root)
-            livemounts.attach_all(self._rootfs, root, spec.mounts, None)
-            os.close(inside.make_directory(root, spec.cwd or "/", (0, 0)))
+            rootswap.make_places(root, owner)
+            livemounts.attach_all(self._rootfs, root, spec.mounts, host_id)
+            os.close(inside.make_directory(root, spec.cwd or "/", (owner, owner)))
         finally:
             os.close(root)
 

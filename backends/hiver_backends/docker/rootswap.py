@@ -19,11 +19,11 @@ _SYSTEM: Final = ("proc", "sys", "dev")
 _PLACE: Final = "/.hiver-root"
 
 
-def make_places(root: int) -> None:
+def make_places(root: int, owner: int) -> None:
     """Folders for the system's own mounts in a new root. Raises `InvalidError` if the image has links there."""
     for name in _SYSTEM:
         try:
-            os.close(inside.make_directory(root, name, (0, 0)))
+            os.close(inside.make_directory(root, name, (owner, owner)))
             os.close(_open_place(root, name))
         except OSError as error:
             raise InvalidError(f"the image has no folder at /{name}, but something else", field="image") from error
