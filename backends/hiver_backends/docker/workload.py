@@ -133,32 +133,32 @@ class DockerWorkload(ContainerWorkload):
         except FileNotFoundError:
             await ended
             return
-        changed = asyncio.ensure_future(watch.changed.wait())
         try:
-            while not ended.done() and not self._entrypoint_over():
-                await asyncio.wait({ended, changed}, timeout=_LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            # Each piece of output wakes us as well, so this look has to be cheap; the thorough one is for a monitor
+            # that was killed, as then nothing changes in the folder.
+            while not ended.done() and monitor.exit_code(self._container_id) is None:
+                changed = asyncio.ensure_future(watch.changed.wait())
+                done, _ = await asyncio.wait(
+                    {ended, changed}, timeout=_LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                changed.cancel()
                 watch.changed.clear()
-                if changed.done():
-                    changed = asyncio.ensure_future(watch.changed.wait())
+                if not done and self._monitor_died():
+                    break
         finally:
             watch.close()
-            changed.cancel()
-            if not ended.done():
-                ended.cancel()
+            ended.cancel()
         if not self._has_ended():
             # Read now, as the control group goes with the container.
-            kills = self._shared.cgroups.oom_kills(self.sandbox_id)
+            self._oom_kills = self._shared.cgroups.oom_kills(self.sandbox_id)
             await self._kill()
-            self._oom_kills = max(kills, self._oom_kills)
 
     @property
     def _ends_with_entrypoint(self) -> bool:
         return bool(self._spec.argv) and self._terminal is None
 
-    def _entrypoint_over(self) -> bool:
+    def _monitor_died(self) -> bool:
         monitor = self._places.entrypoint
-        if monitor.exit_code(self._container_id) is not None:
-            return True
         return monitor.conmon_pid_file.exists() and not monitor.is_running(self._container_id)
 
     async def _exit_code(self) -> int:
