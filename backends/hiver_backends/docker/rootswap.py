@@ -50,6 +50,8 @@ def _pivot(tree: int) -> None:
             # Process 1 has the old root as its own: the kernel gives it the new one (pivot_root(2)).
             syscalls.pivot_root(".", ".")
             os.fchdir(old)
+            # Where the Engine's own mount is below ours, it would be seen.
+            os.rmdir(_PLACE.lstrip("/"))
             syscalls.mount("", ".", None, syscalls.MS_REC | syscalls.MS_SLAVE)
             syscalls.umount(".", syscalls.MNT_DETACH)
         finally:
