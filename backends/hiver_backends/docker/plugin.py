@@ -103,20 +103,22 @@ class DockerIsolation(Isolation):
                 pool=self._pool,
             )
             programs = Programs(self.context.run_dir / "x", offer.conmon, shared, self._settings.log_max_bytes)
-            self._started = _Started(offer, offer.init, programs)
-            await self._in_pool(lambda: self._prepare_folders(programs))
+            init = offer.init
+            self._started = _Started(offer, programs)
+            await self._in_pool(lambda: self._prepare_folders(programs, init))
             await trial.sweep(self)
             await trial.run(self, self.context.data_dir / "trial")
         except BaseException:
             await self.close()
             raise
 
-    def _prepare_folders(self, programs: Programs) -> None:
+    def _prepare_folders(self, programs: Programs, init: str) -> None:
         for folder in (self._folders.run, self._folders.log):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folders.mount.mkdir(mode=0o711, exist_ok=True)
         programs.prepare()
         self._images.prepare()
+        _copy_program(Path(init), self._init)
 
     async def close(self) -> None:
         await self._engine.close()
@@ -157,7 +159,7 @@ class DockerIsolation(Isolation):
         layout = documents.Layout(
             instance=self.context.instance,
             image=prepared.engine_id,
-            init=started.init,
+            init=str(self._init),
             runtime=self._settings.runtime,
             seccomp=self._seccomp,
             swap_limit=bool(started.offer.info.get("SwapLimit")),
@@ -271,6 +273,12 @@ class DockerIsolation(Isolation):
         names = {str((container.get("Labels") or {}).get(documents.SANDBOX_LABEL) or "") for container in containers}
         return frozenset((names | await self._in_pool(self._folders.owned)) - {""})
 
+    @property
+    def _init(self) -> Path:
+        """The init program as the Engine mounts it: where this server is in a container itself, the data folder is what
+        has the same path for both."""
+        return self.context.data_dir / "init"
+
     def _ready(self) -> _Started:
         if self._started is None:
             raise UnavailableError("the isolation plug-in docker has not been started")
@@ -285,9 +293,8 @@ class DockerIsolation(Isolation):
 class _Started:
     """What exists from `start` to `close`."""
 
-    def __init__(self, offer: Offer, init: str, programs: Programs) -> None:
+    def __init__(self, offer: Offer, programs: Programs) -> None:
         self.offer = offer
-        self.init = init
         self.programs = programs
         self.ipv6 = Path("/proc/sys/net/ipv6").is_dir()
 
@@ -297,6 +304,16 @@ def _make_places(places: Places, sandbox_id: str) -> None:
         places.make()
     except FileExistsError:
         raise ConflictError(f"something of sandbox {sandbox_id} exists already") from None
+
+
+def _copy_program(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    if target.exists() and target.read_bytes() == content:
+        return
+    fresh = target.with_name(f"{target.name}.new")
+    fresh.write_bytes(content)
+    fresh.chmod(0o755)
+    fresh.rename(target)  # running sandboxes keep the old one
 
 
 async def _finished(work: Awaitable[_T]) -> _T:
