@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 
-from hiver_backends.linux import inside, livemounts, pids, seccomp, syscalls
+from hiver_backends.linux import pids, seccomp, syscalls
 from hiver_backends.linux.children import Children
 from hiver_backends.linux.inotify import Inotify
-from hiver_backends.linux.rootfs import RootFs, unmount_below
+from hiver_backends.linux.rootfs import RootFs
 from hiver_backends.linux.userns import UserNamespaces
 from hiver_backends.linux.workload import Shared
 from hiverd.contracts.errors import (
@@ -30,7 +30,7 @@ from hiverd.contracts.errors import (
 )
 from hiverd.contracts.isolation import BackendContext, Finding, Image, Isolation, Progress, Workload, WorkloadSpec
 
-from . import below, documents, layers, rootswap, settings, trial
+from . import documents, settings, takeover, trial
 from .engine import EngineApi
 from .groups import ContainerCgroups
 from .images import Images, Prepared
@@ -42,7 +42,6 @@ from .workload import DockerWorkload, Identity
 _SANDBOX_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 _ORPHANS_SECONDS: Final = 0.1
 _T = TypeVar("_T")
-Folders = tuple[tuple[Path, str], ...]
 
 
 class DockerIsolation(Isolation):
@@ -148,8 +147,7 @@ class DockerIsolation(Isolation):
                 prepared = await self._images.prepared(spec.image.handle)
                 await self._in_pool(lambda: _make_places(places, spec.sandbox_id))
                 container = await self._make_container(spec, prepared, started)
-                pid = int(container["State"]["Pid"])
-                return await self._in_pool(lambda: self._take_over(spec, prepared, places, container, pid))
+                return await self._in_pool(lambda: self._take_over(spec, prepared, places, container))
             except OSError as error:
                 raise BackendError(f"the sandbox cannot be made: {error}") from error
 
@@ -176,54 +174,18 @@ class DockerIsolation(Isolation):
         return await self._engine.inspect(container_id)
 
     def _take_over(
-        self, spec: WorkloadSpec, prepared: Prepared, places: Places, container: Mapping[str, Any], pid: int
+        self, spec: WorkloadSpec, prepared: Prepared, places: Places, container: Mapping[str, Any]
     ) -> DockerWorkload:
         """Gives the container its root file system, with the mounts in it."""
         started = self._ready()
-        container_id = str(container["Id"])
-        found = below.find(pid, container_id)
-        descriptor = os.pidfd_open(pid)
+        identity, descriptor = takeover.identify(container)
         try:
-            stat = pids.read_stat(pid)
-            if stat is None or pids.has_ended(descriptor):
-                raise BackendError("the sandbox ended while it was made")
-            self._cgroups.register(spec.sandbox_id, pid)
-            host_id = below.root_id(pid)
-            self._build_root(spec, prepared, layers.of(prepared, container, found), places, host_id)
-            rootswap.replace(pid, str(places.rootfs))
-            unmount_below(places.mount)
-            identity = Identity(
-                container_id=container_id,
-                pid=pid,
-                start_ticks=stat.start_ticks,
-                boot_id=pids.boot_id(),
-                runtime=found.program,
-                state_dir=found.state_dir,
-                host_id=host_id,
-                apparmor=str(container.get("AppArmorProfile") or ""),
-                selinux=str(container.get("ProcessLabel") or ""),
-            )
+            self._cgroups.register(spec.sandbox_id, identity.pid)
+            takeover.give_root(self._rootfs, spec, prepared, container, identity, places)
             return DockerWorkload(spec, identity, descriptor, places, started.programs.of(identity))
         except BaseException:
             os.close(descriptor)
             raise
-
-    def _build_root(
-        self, spec: WorkloadSpec, prepared: Prepared, folders: Folders, places: Places, host_id: int | None
-    ) -> None:
-        owner = host_id or 0
-        etc = inside.identity(spec.hostname, spec.extra_hosts)
-        # An Engine that maps user ids has its images' files on disk with the owners that they are mapped to.
-        shifted = prepared.layers is None
-        os.chown(places.mount, owner, owner)
-        self._rootfs.mount(folders, spec.volume, places.rootfs, host_id, etc, shifted=shifted)
-        root = os.open(places.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            rootswap.make_places(root, owner)
-            livemounts.attach_all(self._rootfs, root, spec.mounts, host_id)
-            os.close(inside.make_directory(root, spec.cwd or "/", (owner, owner)))
-        finally:
-            os.close(root)
 
     async def adopt(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> Workload:
         started = self._ready()
