@@ -11,8 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hiver_backends.docker import DockerIsolation
-from hiver_backends.docker.trial import PREFIX
+from hiver_backends.docker.documents import PASSING_PREFIX
 from hiverd.contracts.errors import ConflictError, SandboxGoneError
 from hiverd.testing.isolation_harness import eventually, has_gone, run
 from hiverd.testing.isolation_life import joined, read_log, shell
@@ -126,9 +125,17 @@ async def test_a_create_that_is_given_up_leaves_nothing(harness: DockerHarness) 
 async def test_the_trial_of_a_killed_server_is_swept(harness: DockerHarness) -> None:
     async with harness.started() as isolation:
         image = await isolation.resolve_image(harness.image, lambda _: None)
-        spec = msgspec.structs.replace(harness.spec(image), sandbox_id=f"{PREFIX}left")
+        spec = msgspec.structs.replace(harness.spec(image), sandbox_id=f"{PASSING_PREFIX}left")
         workload = await isolation.create(spec)
         await workload.close()
-    async with harness.started() as again:
-        assert isinstance(again, DockerIsolation)
-        assert await again.list_owned() == frozenset()
+        assert await isolation.list_owned() == frozenset(), "no sandbox of which the core would have to know"
+    assert harness.instance in docker("ps", "--all", "--format", "{{.Names}}")
+    async with harness.started():
+        assert harness.instance not in docker("ps", "--all", "--format", "{{.Names}}")
+
+
+async def test_pruned_images_are_no_end(harness: DockerHarness) -> None:
+    async with harness.started() as isolation:
+        subprocess.run(["docker", "rmi", "-f", "hiver-empty:1"], check=False, capture_output=True)
+        async with harness.sandbox(isolation) as workload:
+            assert (await run(workload, "echo works")).stdout == b"works\n"

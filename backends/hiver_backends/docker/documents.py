@@ -14,6 +14,8 @@ from hiverd.contracts.isolation import WorkloadSpec
 INSTANCE_LABEL: Final = "hiver.instance"
 SANDBOX_LABEL: Final = "hiver.sandbox"
 KEY_LABEL: Final = "hiver.key"
+PASSING_PREFIX: Final = "probe-"
+"""Of the ids of containers that are no sandbox and go at once. Only the next start removes them after a crash."""
 
 _CPU_PERIOD_US: Final = 100_000
 _SHM_BYTES: Final = 64 << 20

@@ -23,6 +23,7 @@ from hiver_backends.linux.workload import Shared
 from hiverd.contracts.errors import (
     BackendError,
     ConflictError,
+    HiverError,
     InvalidError,
     NotFoundError,
     SandboxGoneError,
@@ -105,7 +106,7 @@ class DockerIsolation(Isolation):
             init = offer.init
             self._started = _Started(offer, programs)
             await self._in_pool(lambda: self._prepare_folders(programs, init))
-            await trial.sweep(self)
+            await self._sweep_passing()
             await trial.run(self, self.context.data_dir / "trial")
         except BaseException:
             await self.close()
@@ -164,12 +165,14 @@ class DockerIsolation(Isolation):
             ipv6=started.ipv6,
         )
         config = documents.container(spec, layout)
+        # A request that is given up goes on in the Engine: what it makes must not come after its own removal.
         try:
-            # A request that is given up goes on in the Engine: what it makes must not come after its own removal.
             container_id = await _finished(self._engine.create(name, config))
         except NotFoundError:
-            self._images.forget_empty()
-            raise
+            if prepared.layers is None:
+                raise
+            await self._images.load_empty()  # someone has pruned images; it is the same again, by its content
+            container_id = await _finished(self._engine.create(name, config))
         await _finished(self._engine.start(container_id))
         return await self._engine.inspect(container_id)
 
@@ -231,9 +234,19 @@ class DockerIsolation(Isolation):
 
     async def list_owned(self) -> frozenset[str]:
         self._ready()
-        containers = await self._engine.labelled(documents.INSTANCE_LABEL, self.context.instance)
-        names = {str((container.get("Labels") or {}).get(documents.SANDBOX_LABEL) or "") for container in containers}
-        return frozenset((names | await self._in_pool(self._folders.owned)) - {""})
+        return frozenset(name for name in await self._all_ids() if not name.startswith(documents.PASSING_PREFIX))
+
+    async def _all_ids(self) -> set[str]:
+        found = await self._engine.labelled(documents.INSTANCE_LABEL, self.context.instance)
+        names = {labels.get(documents.SANDBOX_LABEL, "") for labels in found}
+        return (names | await self._in_pool(self._folders.owned)) - {""}
+
+    async def _sweep_passing(self) -> None:
+        """Removes what trials and readings of killed servers have left."""
+        for name in await self._all_ids():
+            if name.startswith(documents.PASSING_PREFIX):
+                with contextlib.suppress(HiverError):
+                    await self.destroy(name, None)
 
     @property
     def _init(self) -> Path:
