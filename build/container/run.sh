@@ -15,9 +15,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 NAME="${NAME:-hiver}"
 PORT="${PORT:-10000}"
 DATA="${DATA:-/var/lib/hiver-in-docker}"
-read -ra build_options <<< "${BUILD_OPTIONS:-}"
-read -ra privileges <<< "${PRIVILEGES:---privileged}"
-read -ra run_options <<< "${RUN_OPTIONS:---publish 127.0.0.1:$PORT:$PORT}"
+# Words as a shell takes them, so that options may have blanks.
+words() { xargs -r -n 1 printf '%s\n' <<< "$1"; }
+mapfile -t build_options < <(words "${BUILD_OPTIONS:-}")
+mapfile -t privileges < <(words "${PRIVILEGES:---privileged}")
+mapfile -t run_options < <(words "${RUN_OPTIONS:---publish 127.0.0.1:$PORT:$PORT}")
 
 # Where the Engine and the runtime below it keep containers: these paths are to mean the same inside.
 socket="${ENGINE_SOCKET:-/var/run/docker.sock}"

@@ -103,7 +103,8 @@ def _security(seccomp: Mapping[str, Any] | None) -> list[str]:
 
 
 def _sysctls(*, ipv6: bool) -> dict[str, str]:
-    sysctls = {"net.ipv4.ip_unprivileged_port_start": "0"}
+    # Docker lets everybody make ping sockets; nobody is the kernel's own default, written so that the first is greater.
+    sysctls = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "1 0"}
     if ipv6:
         # Docker switches it off without a network; servers on ::1 are as good as any.
         sysctls["net.ipv6.conf.all.disable_ipv6"] = "0"
