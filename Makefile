@@ -10,7 +10,7 @@ PYTEST := $(SUDO) $(PYTHON) -m pytest -p no:cacheprovider -n $(WORKERS) --maxpro
 PYTHONPATH_TESTS := PYTHONPATH=tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup setup-tests test test-fast test-docker test-clients lint format bench clean
+.PHONY: help demo setup setup-tests test test-fast test-docker test-container test-clients lint format bench clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +39,9 @@ test-docker: setup-tests ## every test that has a server, on Docker Engine
 	@env $(PYTHONPATH_TESTS) $(PYTHON) -m support.object_services
 	@exec $(PYTEST) --backend=docker tests/contract tests/system
 
+test-container: setup-tests ## build the container image and use the server in it; takes minutes, and wants mmdebstrap
+	@exec $(SUDO) $(PYTHON) build/container/try.py
+
 test-clients: setup-tests ## the contract tests with every published release of the client
 	@env HIVER_TEST_CLIENTS=all $(PYTHONPATH_TESTS) $(PYTHON) -m support.clients
 	@exec env HIVER_TEST_CLIENTS=all $(PYTEST) tests/contract
@@ -48,8 +51,9 @@ lint: setup ## ruff, mypy, import-linter and shell syntax
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m mypy tests/support tests/contract tests/bench tests/conftest.py build/demo.py
+	$(PYTHON) -m mypy build/container/try.py
 	.venv/bin/lint-imports --no-logo
-	bash -n build/setup.sh .ci/run
+	bash -n build/setup.sh build/container/run.sh .ci/run
 
 format: setup ## let ruff format and mend what it can
 	$(PYTHON) -m ruff format .

@@ -9,7 +9,7 @@ import pytest
 from contract.scenarios.registry import Scenario, load
 from support.clients import ALL_VERSIONS, Driver, selected_versions, version_tuple
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.both_backends]
 
 
 def _releases(scenario: Scenario) -> list[str]:

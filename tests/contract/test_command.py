@@ -17,7 +17,7 @@ from support.leaks import marks_of, traces, wait_until_clean
 from support.server import DEFAULT_CONFIG, HIVER, Server, ServerFailed, clean_environment
 from support.waiting import until
 
-pytestmark = [pytest.mark.contract, pytest.mark.system]
+pytestmark = [pytest.mark.contract, pytest.mark.system, pytest.mark.both_backends]
 
 NewKey = Callable[[], str]
 MakeServer = Callable[..., Server]

@@ -166,6 +166,7 @@ async def test_many_layers(harness: DockerHarness, isolation: Isolation, store: 
     name = await store.load("many", {}, small(), *layers)
     image = await isolation.resolve_image(name, lambda _: None)
     assert len((await shown(harness, isolation, image, "ls /srv; echo x > /srv/mine")).split()) == 60
+    assert b"hiver" not in await shown(harness, isolation, image, "ls -a /")
 
 
 async def test_bundles_yield_their_inner_image(harness: DockerHarness, isolation: Isolation, store: Store) -> None:

@@ -16,7 +16,7 @@ from conftest import MakeServer
 from support.server import Server
 from support.waiting import until_async
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.both_backends]
 
 Pair = tuple[str, str]
 Made = Callable[[], str]

@@ -15,7 +15,7 @@ from support.sandboxes import Box, local, mount_servers
 from support.server import DEFAULT_CONFIG, Server
 from support.waiting import until, until_async
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.both_backends]
 
 RULES = (
     ("/workspace/**", "rw"),

@@ -19,7 +19,7 @@ from support.sandboxes import Box, local, mount_servers
 from support.server import Server
 from support.waiting import until, until_async
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.both_backends]
 
 SECRET = "hush-7c1f"
 

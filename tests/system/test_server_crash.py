@@ -15,8 +15,9 @@ from support.leaks import marks_of, wait_until_clean
 from support.server import Backend, Server, keys_of
 from support.waiting import until
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.both_backends]
 
+DOCKER_ROUNDS = 4
 ROUNDS = int(os.environ.get("HIVER_TEST_CRASH_ROUNDS", "12"))
 
 
@@ -72,7 +73,7 @@ async def test_kill_at_any_moment(tmp_path: Path, isolated_by: Backend) -> None:
             await run(
                 client, base, "sleep 100000 >/dev/null 2>&1 & echo $! > /workspace/pid; echo kept > /workspace/data"
             )
-        for number in range(ROUNDS):
+        for number in range(ROUNDS if isolated_by.name == "oci" else min(ROUNDS, DOCKER_ROUNDS)):
             async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
                 before = await event_ids(client, base)
                 load = asyncio.ensure_future(busy(client, base, number))

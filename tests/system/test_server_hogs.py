@@ -13,7 +13,7 @@ import pytest
 from support.leaks import marks_of, wait_until_clean
 from support.server import DEFAULT_CONFIG, Backend, Server
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.both_backends]
 
 HOGS = {
     "fork-bomb": "bomb() { bomb | bomb & }; bomb; sleep 60",

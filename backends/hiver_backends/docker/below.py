@@ -52,6 +52,15 @@ def find(pid: int, container_id: str) -> Below:
     return Below(program=program, state_dir=str(state_dir))
 
 
+def root_id(pid: int) -> int | None:
+    """Host id of a container's root, where the Engine maps user ids (user_namespaces(7)); None where it does not."""
+    for line in Path("/proc", str(pid), "uid_map").read_text().splitlines():
+        first, host, _ = map(int, line.split())
+        if first == 0:
+            return host or None
+    return None
+
+
 def runtime(program: str) -> Runtime:
     """As `RuntimeCalls` takes it."""
     version = output_of(program, "--version").partition("\n")[0]

@@ -14,6 +14,8 @@ from hiverd.contracts.isolation import WorkloadSpec
 INSTANCE_LABEL: Final = "hiver.instance"
 SANDBOX_LABEL: Final = "hiver.sandbox"
 KEY_LABEL: Final = "hiver.key"
+PASSING_PREFIX: Final = "probe-"
+"""Of the ids of containers that are no sandbox and go at once. Only the next start removes them after a crash."""
 
 _CPU_PERIOD_US: Final = 100_000
 _SHM_BYTES: Final = 64 << 20
@@ -101,7 +103,8 @@ def _security(seccomp: Mapping[str, Any] | None) -> list[str]:
 
 
 def _sysctls(*, ipv6: bool) -> dict[str, str]:
-    sysctls = {"net.ipv4.ip_unprivileged_port_start": "0"}
+    # Docker lets everybody make ping sockets; nobody is the kernel's own default, written so that the first is greater.
+    sysctls = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "1 0"}
     if ipv6:
         # Docker switches it off without a network; servers on ::1 are as good as any.
         sysctls["net.ipv6.conf.all.disable_ipv6"] = "0"

@@ -83,11 +83,11 @@ class EngineApi:
                     raise
                 await asyncio.sleep(0.05)
 
-    async def labelled(self, label: str, value: str) -> list[dict[str, Any]]:
-        """Containers with a label, running or not: entries of /containers/json."""
+    async def labelled(self, label: str, value: str) -> list[dict[str, str]]:
+        """The labels of all containers, running or not, that have a certain one."""
         filters = json.dumps({"label": [f"{label}={value}"]})
         listing = self._docker().containers.list(all=1, filters=filters)
-        return [dict(container._container) for container in await self._call(listing, "list containers")]
+        return [dict(container["Labels"] or {}) for container in await self._call(listing, "list containers")]
 
     async def image(self, reference: str) -> dict[str, Any]:
         """An image that the Engine has. Raises `NotFoundError`."""
@@ -117,8 +117,8 @@ class EngineApi:
                 raise _translated(error, f"pull {reference}", _PULL_IDLE_SECONDS) from error
             progress(_progress_line(entry))
 
-    async def read_file(self, image_id: str, labels: Mapping[str, str], paths: tuple[str, ...]) -> bytes:
-        """The first of `paths` that an image holds, read through a container that is never started.
+    async def read_file(self, image_id: str, name: str, labels: Mapping[str, str], paths: tuple[str, ...]) -> bytes:
+        """The first of `paths` that an image holds, read through a container `name` that is never started.
 
         Raises `NotFoundError` if there is none of them.
         """
@@ -126,7 +126,7 @@ class EngineApi:
         config: dict[str, Any] = {
             "Image": image_id, "Entrypoint": ["/"], "Labels": dict(labels), "HostConfig": host_config
         }  # fmt: skip
-        container = await self._call(self._docker().containers.create(config), "create a container")
+        container = await self._call(self._docker().containers.create(config, name=name), "create a container")
         try:
             for path in paths:
                 try:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import platform
+import secrets
 import tarfile
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -21,7 +22,7 @@ from hiverd.contracts.errors import InvalidError, NotFoundError
 from hiverd.contracts.isolation import Image, Progress
 
 from . import credentials
-from .documents import INSTANCE_LABEL
+from .documents import INSTANCE_LABEL, PASSING_PREFIX, SANDBOX_LABEL, container_name
 from .engine import EngineApi
 from .settings import Settings
 
@@ -93,9 +94,11 @@ class Images:
             return Prepared(engine_id=handle.removeprefix(_BUNDLE), inner=bundles.INNER_ROOT)
         return Prepared(engine_id=handle.removeprefix(_ENGINE))
 
-    def forget_empty(self) -> None:
-        """Someone has removed the empty image: it is loaded anew when it is next needed."""
-        self._empty_id = None
+    async def load_empty(self) -> None:
+        """Loads the image without files, unless it is there."""
+        async with self._empty_lock:
+            self._empty_id = None
+        await self._empty_image()
 
     async def _find_or_pull(self, name: str, registry: str, progress: Progress) -> dict[str, Any]:
         try:
@@ -129,11 +132,9 @@ class Images:
             return dict(json.loads(await asyncio.to_thread(kept.read_bytes)))
         except (OSError, ValueError):
             pass
-        labels = {INSTANCE_LABEL: self._instance}
         try:
-            manifest = json.loads(await self._engine.read_file(image_id, labels, (bundles.INNER_MANIFEST,)))
-            paths = bundles.configuration_paths(manifest)
-            document = json.loads(await self._engine.read_file(image_id, labels, paths))
+            manifest = json.loads(await self._read_file(image_id, (bundles.INNER_MANIFEST,)))
+            document = json.loads(await self._read_file(image_id, bundles.configuration_paths(manifest)))
         except (NotFoundError, ValueError, KeyError, IndexError, TypeError) as error:
             raise InvalidError(
                 f"image {reference!r} is a bundle without a readable configuration", field="image"
@@ -142,6 +143,11 @@ class Images:
             raise InvalidError(f"image {reference!r} is a bundle with an odd configuration", field="image")
         await asyncio.to_thread(kept.write_text, json.dumps(document))
         return document
+
+    async def _read_file(self, image_id: str, paths: tuple[str, ...]) -> bytes:
+        passing_id = f"{PASSING_PREFIX}{secrets.token_hex(4)}"
+        labels = {INSTANCE_LABEL: self._instance, SANDBOX_LABEL: passing_id}
+        return await self._engine.read_file(image_id, container_name(self._instance, passing_id), labels, paths)
 
     async def _empty_image(self) -> str:
         async with self._empty_lock:

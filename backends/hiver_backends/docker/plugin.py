@@ -14,15 +14,16 @@ from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 
-from hiver_backends.linux import inside, livemounts, pids, seccomp, syscalls
+from hiver_backends.linux import pids, seccomp, syscalls
 from hiver_backends.linux.children import Children
 from hiver_backends.linux.inotify import Inotify
-from hiver_backends.linux.rootfs import RootFs, unmount_below
+from hiver_backends.linux.rootfs import RootFs
 from hiver_backends.linux.userns import UserNamespaces
 from hiver_backends.linux.workload import Shared
 from hiverd.contracts.errors import (
     BackendError,
     ConflictError,
+    HiverError,
     InvalidError,
     NotFoundError,
     SandboxGoneError,
@@ -30,7 +31,7 @@ from hiverd.contracts.errors import (
 )
 from hiverd.contracts.isolation import BackendContext, Finding, Image, Isolation, Progress, Workload, WorkloadSpec
 
-from . import below, documents, layers, rootswap, settings, trial
+from . import documents, settings, takeover, trial
 from .engine import EngineApi
 from .groups import ContainerCgroups
 from .images import Images, Prepared
@@ -102,20 +103,22 @@ class DockerIsolation(Isolation):
                 pool=self._pool,
             )
             programs = Programs(self.context.run_dir / "x", offer.conmon, shared, self._settings.log_max_bytes)
-            self._started = _Started(offer, offer.init, programs)
-            await self._in_pool(lambda: self._prepare_folders(programs))
-            await trial.sweep(self)
+            init = offer.init
+            self._started = _Started(offer, programs)
+            await self._in_pool(lambda: self._prepare_folders(programs, init))
+            await self._sweep_passing()
             await trial.run(self, self.context.data_dir / "trial")
         except BaseException:
             await self.close()
             raise
 
-    def _prepare_folders(self, programs: Programs) -> None:
+    def _prepare_folders(self, programs: Programs, init: str) -> None:
         for folder in (self._folders.run, self._folders.log):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folders.mount.mkdir(mode=0o711, exist_ok=True)
         programs.prepare()
         self._images.prepare()
+        _copy_program(Path(init), self._init)
 
     async def close(self) -> None:
         await self._engine.close()
@@ -145,8 +148,7 @@ class DockerIsolation(Isolation):
                 prepared = await self._images.prepared(spec.image.handle)
                 await self._in_pool(lambda: _make_places(places, spec.sandbox_id))
                 container = await self._make_container(spec, prepared, started)
-                pid = int(container["State"]["Pid"])
-                return await self._in_pool(lambda: self._take_over(spec, prepared, places, container, pid))
+                return await self._in_pool(lambda: self._take_over(spec, prepared, places, container))
             except OSError as error:
                 raise BackendError(f"the sandbox cannot be made: {error}") from error
 
@@ -156,63 +158,37 @@ class DockerIsolation(Isolation):
         layout = documents.Layout(
             instance=self.context.instance,
             image=prepared.engine_id,
-            init=started.init,
+            init=str(self._init),
             runtime=self._settings.runtime,
             seccomp=self._seccomp,
             swap_limit=bool(started.offer.info.get("SwapLimit")),
             ipv6=started.ipv6,
         )
         config = documents.container(spec, layout)
+        # A request that is given up goes on in the Engine: what it makes must not come after its own removal.
         try:
-            # A request that is given up goes on in the Engine: what it makes must not come after its own removal.
             container_id = await _finished(self._engine.create(name, config))
         except NotFoundError:
-            self._images.forget_empty()
-            raise
+            if prepared.layers is None:
+                raise
+            await self._images.load_empty()  # someone has pruned images; it is the same again, by its content
+            container_id = await _finished(self._engine.create(name, config))
         await _finished(self._engine.start(container_id))
         return await self._engine.inspect(container_id)
 
     def _take_over(
-        self, spec: WorkloadSpec, prepared: Prepared, places: Places, container: Mapping[str, Any], pid: int
+        self, spec: WorkloadSpec, prepared: Prepared, places: Places, container: Mapping[str, Any]
     ) -> DockerWorkload:
         """Gives the container its root file system, with the mounts in it."""
         started = self._ready()
-        container_id = str(container["Id"])
-        found = below.find(pid, container_id)
-        descriptor = os.pidfd_open(pid)
+        identity, descriptor = takeover.identify(container)
         try:
-            stat = pids.read_stat(pid)
-            if stat is None or pids.has_ended(descriptor):
-                raise BackendError("the sandbox ended while it was made")
-            self._cgroups.register(spec.sandbox_id, pid)
-            self._build_root(spec, layers.of(prepared, container, found), places)
-            rootswap.replace(pid, str(places.rootfs))
-            unmount_below(places.mount)
-            identity = Identity(
-                container_id=container_id,
-                pid=pid,
-                start_ticks=stat.start_ticks,
-                boot_id=pids.boot_id(),
-                runtime=found.program,
-                state_dir=found.state_dir,
-                apparmor=str(container.get("AppArmorProfile") or ""),
-                selinux=str(container.get("ProcessLabel") or ""),
-            )
+            self._cgroups.register(spec.sandbox_id, identity.pid)
+            takeover.give_root(self._rootfs, spec, prepared, container, identity, places)
             return DockerWorkload(spec, identity, descriptor, places, started.programs.of(identity))
         except BaseException:
             os.close(descriptor)
             raise
-
-    def _build_root(self, spec: WorkloadSpec, folders: tuple[tuple[Path, str], ...], places: Places) -> None:
-        etc = inside.identity(spec.hostname, spec.extra_hosts)
-        self._rootfs.mount(folders, spec.volume, places.rootfs, None, etc)
-        root = os.open(places.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            rootswap.make_places(root)
-            livemounts.attach_all(self._rootfs, root, spec.mounts, None)
-            os.close(inside.make_directory(root, spec.cwd or "/", (0, 0)))
-        finally:
-            os.close(root)
 
     async def adopt(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> Workload:
         started = self._ready()
@@ -258,9 +234,25 @@ class DockerIsolation(Isolation):
 
     async def list_owned(self) -> frozenset[str]:
         self._ready()
-        containers = await self._engine.labelled(documents.INSTANCE_LABEL, self.context.instance)
-        names = {str((container.get("Labels") or {}).get(documents.SANDBOX_LABEL) or "") for container in containers}
-        return frozenset((names | await self._in_pool(self._folders.owned)) - {""})
+        return frozenset(name for name in await self._all_ids() if not name.startswith(documents.PASSING_PREFIX))
+
+    async def _all_ids(self) -> set[str]:
+        found = await self._engine.labelled(documents.INSTANCE_LABEL, self.context.instance)
+        names = {labels.get(documents.SANDBOX_LABEL, "") for labels in found}
+        return (names | await self._in_pool(self._folders.owned)) - {""}
+
+    async def _sweep_passing(self) -> None:
+        """Removes what trials and readings of killed servers have left."""
+        for name in await self._all_ids():
+            if name.startswith(documents.PASSING_PREFIX):
+                with contextlib.suppress(HiverError):
+                    await self.destroy(name, None)
+
+    @property
+    def _init(self) -> Path:
+        """The init program as the Engine mounts it: where this server is in a container itself, the data folder is what
+        has the same path for both."""
+        return self.context.data_dir / "init"
 
     def _ready(self) -> _Started:
         if self._started is None:
@@ -276,9 +268,8 @@ class DockerIsolation(Isolation):
 class _Started:
     """What exists from `start` to `close`."""
 
-    def __init__(self, offer: Offer, init: str, programs: Programs) -> None:
+    def __init__(self, offer: Offer, programs: Programs) -> None:
         self.offer = offer
-        self.init = init
         self.programs = programs
         self.ipv6 = Path("/proc/sys/net/ipv6").is_dir()
 
@@ -288,6 +279,16 @@ def _make_places(places: Places, sandbox_id: str) -> None:
         places.make()
     except FileExistsError:
         raise ConflictError(f"something of sandbox {sandbox_id} exists already") from None
+
+
+def _copy_program(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    if target.exists() and target.read_bytes() == content:
+        return
+    fresh = target.with_name(f"{target.name}.new")
+    fresh.write_bytes(content)
+    fresh.chmod(0o755)
+    fresh.rename(target)  # running sandboxes keep the old one
 
 
 async def _finished(work: Awaitable[_T]) -> _T:

@@ -69,12 +69,7 @@ def judged(settings: Settings, info: dict[str, Any], version: dict[str, Any], en
         info, "unix", euid=os.geteuid(), kernel_release=os.uname().release, engine_pid=engine_pid
     )
     accept = [name for name in settings.accept if name not in _ALWAYS_NEEDED]
-    findings = guarantees.findings(info, version, "unix", local_root=local_root, accept=accept)
-    if any(str(option).startswith("name=userns") for option in info.get("SecurityOptions") or ()):
-        detail = "the engine maps user ids (userns-remap), which this plug-in does not know yet"
-        remedy = "use an engine without userns-remap, or the plug-in oci, which has user namespaces of its own"
-        findings.append(Finding("user-id mapping", ok=False, detail=detail, remedy=remedy))
-    return findings
+    return guarantees.findings(info, version, "unix", local_root=local_root, accept=accept)
 
 
 def endpoint_kind(endpoint: str) -> guarantees.EndpointKind:

@@ -19,11 +19,11 @@ _SYSTEM: Final = ("proc", "sys", "dev")
 _PLACE: Final = "/.hiver-root"
 
 
-def make_places(root: int) -> None:
+def make_places(root: int, owner: int) -> None:
     """Folders for the system's own mounts in a new root. Raises `InvalidError` if the image has links there."""
     for name in _SYSTEM:
         try:
-            os.close(inside.make_directory(root, name, (0, 0)))
+            os.close(inside.make_directory(root, name, (owner, owner)))
             os.close(_open_place(root, name))
         except OSError as error:
             raise InvalidError(f"the image has no folder at /{name}, but something else", field="image") from error
@@ -50,6 +50,8 @@ def _pivot(tree: int) -> None:
             # Process 1 has the old root as its own: the kernel gives it the new one (pivot_root(2)).
             syscalls.pivot_root(".", ".")
             os.fchdir(old)
+            # Where the Engine's own mount is below ours, it would be seen.
+            os.rmdir(_PLACE.lstrip("/"))
             syscalls.mount("", ".", None, syscalls.MS_REC | syscalls.MS_SLAVE)
             syscalls.umount(".", syscalls.MNT_DETACH)
         finally:

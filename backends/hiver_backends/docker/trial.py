@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import shutil
 from pathlib import Path
@@ -13,8 +12,8 @@ from hiver_backends.linux import bundle
 from hiverd.contracts.errors import HiverError, UnavailableError
 from hiverd.contracts.isolation import ExecSpec, Isolation, Workload, WorkloadSpec
 
-PREFIX: Final = "probe-"
-"""Of the ids of trial sandboxes."""
+from .documents import PASSING_PREFIX
+
 _MEMORY_BYTES: Final = 64 << 20
 _LEAK_CANDIDATES: Final = range(3, 12)
 
@@ -22,7 +21,7 @@ _LEAK_CANDIDATES: Final = range(3, 12)
 async def run(isolation: Isolation, folder: Path) -> None:
     """`folder` is for the trial's volume. Raises `UnavailableError` saying what does not work."""
     image = await isolation.resolve_image("host", lambda _: None)
-    sandbox_id = f"{PREFIX}{secrets.token_hex(4)}"
+    sandbox_id = f"{PASSING_PREFIX}{secrets.token_hex(4)}"
     volume = folder / sandbox_id
     await asyncio.to_thread(lambda: volume.mkdir(mode=0o700, parents=True))
     spec = WorkloadSpec(
@@ -41,14 +40,6 @@ async def run(isolation: Isolation, folder: Path) -> None:
     finally:
         await isolation.destroy(sandbox_id, None)
         await asyncio.to_thread(shutil.rmtree, volume, ignore_errors=True)
-
-
-async def sweep(isolation: Isolation) -> None:
-    """Removes what trials of killed servers have left."""
-    for sandbox_id in await isolation.list_owned():
-        if sandbox_id.startswith(PREFIX):
-            with contextlib.suppress(HiverError):
-                await isolation.destroy(sandbox_id, None)
 
 
 async def _check(workload: Workload) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
@@ -21,6 +23,7 @@ from hiverd.contracts.isolation import ExecSpec, LogChunk, WorkloadExit, Workloa
 from .places import Places
 
 _LOOK_AGAIN_SECONDS: Final = 5.0
+_PIPES_SECONDS: Final = 0.001
 _KILLED: Final = 128 + signal.SIGKILL
 
 
@@ -34,6 +37,8 @@ class Identity(Struct, frozen=True, kw_only=True):
     boot_id: str
     runtime: str
     state_dir: str
+    host_id: int | None = None
+    """Host id of the sandbox's root where the Engine maps user ids."""
     apparmor: str = ""
     selinux: str = ""
 
@@ -54,7 +59,7 @@ class DockerWorkload(ContainerWorkload):
 
     def __init__(self, spec: WorkloadSpec, identity: Identity, descriptor: int, places: Places, tools: Tools) -> None:
         """`descriptor` is a pidfd of process 1; this object owns it."""
-        process = Process(pid=identity.pid, descriptor=descriptor, host_id=None)
+        process = Process(pid=identity.pid, descriptor=descriptor, host_id=identity.host_id)
         super().__init__(spec, process, identity.container_id, tools.execs, tools.shared)
         self._identity = identity
         self._places = places
@@ -78,7 +83,25 @@ class DockerWorkload(ContainerWorkload):
         cwd = spec.cwd or "/"
         terminal = self._terminal is not None
         process = bundle.process(list(spec.argv), bundle.environment(spec), cwd, terminal=terminal)
-        await session.begin(self._tools.conmon, self._container_id, self._places.entrypoint, self._confined(process))
+        giving = asyncio.create_task(self._give_pipes(), name=f"pipes of {self.sandbox_id}") if self._host_id else None
+        try:
+            await session.begin(
+                self._tools.conmon, self._container_id, self._places.entrypoint, self._confined(process)
+            )
+        finally:
+            if giving is not None:
+                giving.cancel()
+
+    async def _give_pipes(self) -> None:
+        """Makes the entrypoint's output the property of the sandbox's root, while the runtime still gets ready: so that
+        it can open /dev/stdout and /dev/stderr. Without user-id mapping it is so from the beginning."""
+        owner = self.root_ids
+        monitor = self._places.entrypoint
+        while True:
+            pid = monitor.running_conmon(self._container_id)
+            if pid is not None:
+                _give(Path("/proc", str(pid), "fd"), owner)
+            await asyncio.sleep(_PIPES_SECONDS)
 
     def _exec_document(self, spec: ExecSpec) -> dict[str, Any]:
         return self._confined(super()._exec_document(spec))
@@ -110,32 +133,32 @@ class DockerWorkload(ContainerWorkload):
         except FileNotFoundError:
             await ended
             return
-        changed = asyncio.ensure_future(watch.changed.wait())
         try:
-            while not ended.done() and not self._entrypoint_over():
-                await asyncio.wait({ended, changed}, timeout=_LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            # Each piece of output wakes us as well, so this look has to be cheap; the thorough one is for a monitor
+            # that was killed, as then nothing changes in the folder.
+            while not ended.done() and monitor.exit_code(self._container_id) is None:
+                changed = asyncio.ensure_future(watch.changed.wait())
+                done, _ = await asyncio.wait(
+                    {ended, changed}, timeout=_LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                changed.cancel()
                 watch.changed.clear()
-                if changed.done():
-                    changed = asyncio.ensure_future(watch.changed.wait())
+                if not done and self._monitor_died():
+                    break
         finally:
             watch.close()
-            changed.cancel()
-            if not ended.done():
-                ended.cancel()
+            ended.cancel()
         if not self._has_ended():
             # Read now, as the control group goes with the container.
-            kills = self._shared.cgroups.oom_kills(self.sandbox_id)
+            self._oom_kills = self._shared.cgroups.oom_kills(self.sandbox_id)
             await self._kill()
-            self._oom_kills = max(kills, self._oom_kills)
 
     @property
     def _ends_with_entrypoint(self) -> bool:
         return bool(self._spec.argv) and self._terminal is None
 
-    def _entrypoint_over(self) -> bool:
+    def _monitor_died(self) -> bool:
         monitor = self._places.entrypoint
-        if monitor.exit_code(self._container_id) is not None:
-            return True
         return monitor.conmon_pid_file.exists() and not monitor.is_running(self._container_id)
 
     async def _exit_code(self) -> int:
@@ -173,3 +196,12 @@ class DockerWorkload(ContainerWorkload):
             return int(self._places.entrypoint.pid_file.read_text())
         except (OSError, ValueError):
             return None
+
+
+def _give(descriptors: Path, owner: tuple[int, int]) -> None:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(descriptors):
+            path = descriptors / name
+            with contextlib.suppress(OSError):
+                if os.readlink(path).startswith("pipe:"):
+                    os.chown(path, *owner)

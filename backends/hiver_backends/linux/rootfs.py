@@ -39,12 +39,15 @@ class RootFs:
         target: Path,
         host_id: int | None,
         etc: Mapping[str, str],
+        *,
+        shifted: bool = False,
     ) -> None:
         """Mounts the root file system at `target`, with the files `etc` in its /etc.
 
         `layers` are folders with the place where each belongs in the root ("" for the root itself, the topmost first if
         there are several; the others are mounted read-only on top, as the host's /usr is). Changes go to `volume`/root.
-        Raises `OSError`; then the caller unmounts what is below `target`.
+        `shifted`: the image's files have the sandbox's owners already, on disk. Raises `OSError`; then the caller
+        unmounts what is below `target`.
         """
         bases = [folder for folder, place in layers if not place]
         upper, work = volume / "root" / "upper", volume / "root" / "work"
@@ -56,8 +59,9 @@ class RootFs:
             # Left by a volatile mount that has ended. It stands for a host that may have crashed since, and none of our
             # volumes outlives that: a sandbox of an earlier boot is removed with its volume.
             shutil.rmtree(work / "work" / "incompat")
-        seeded = len(bases) == 1 and inside.seed_etc(bases[0], upper, etc, host_id or 0)
-        with self._lower(bases, target, host_id) as lower:
+        to_map = None if shifted else host_id
+        seeded = len(bases) == 1 and to_map == host_id and inside.seed_etc(bases[0], upper, etc, host_id or 0)
+        with self._lower(bases, target, to_map) as lower:
             _mount_overlay(lower, upper, work, target)
         if not seeded:
             _write_etc(target, etc, host_id or 0)
@@ -72,7 +76,7 @@ class RootFs:
             yield bases
             return
         if len(bases) != 1:
-            raise NotImplementedError("images in several layers have no user namespace")
+            raise NotImplementedError("images in several folders are never mapped")
         # The overlay clones what it is given, so this mount may go at once; it can lie where the overlay will.
         lower = target.parent / "lower"
         lower.mkdir(mode=0o700, exist_ok=True)

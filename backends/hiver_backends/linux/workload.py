@@ -227,7 +227,7 @@ class ContainerWorkload(Workload):
             return
         asyncio.get_running_loop().remove_reader(self._descriptor)
         # Now, as the control group goes when the sandbox is destroyed.
-        self._oom_kills = self._shared.cgroups.oom_kills(self.sandbox_id)
+        self._oom_kills = max(self._oom_kills, self._shared.cgroups.oom_kills(self.sandbox_id))
         if not self._ended.done():
             self._ended.set_result(True)
 

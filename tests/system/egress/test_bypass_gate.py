@@ -20,7 +20,7 @@ from support.waiting import until, until_async
 from system.egress.attacks import denials, others, packet, run_attacks
 from system.egress.conftest import Inside
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.both_backends]
 
 AT_ONCE = """
 import socket, time

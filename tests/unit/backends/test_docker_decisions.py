@@ -186,8 +186,6 @@ class TestProbe:
         assert refused(unlimited, 1, "limits") == []
         everything = ("egress", "governed-mounts", "mount-changes", "file-events")
         assert refused(INFO, 0, *everything) == ["privileges"]
-        mapped = INFO | {"SecurityOptions": ["name=seccomp,profile=default", "name=userns"]}
-        assert refused(mapped, 1) == ["user-id mapping"]
 
 
 def test_the_empty_image_is_always_the_same() -> None:
