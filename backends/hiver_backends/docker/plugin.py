@@ -17,7 +17,7 @@ import msgspec
 from hiver_backends.linux import inside, livemounts, pids, seccomp, syscalls
 from hiver_backends.linux.children import Children
 from hiver_backends.linux.inotify import Inotify
-from hiver_backends.linux.rootfs import RootFs, unmount_below
+from hiver_backends.linux.rootfs import RootFs, root_changes, unmount_below, upper_folder
 from hiver_backends.linux.userns import UserNamespaces
 from hiver_backends.linux.workload import Shared
 from hiverd.contracts.errors import (
@@ -28,7 +28,16 @@ from hiverd.contracts.errors import (
     SandboxGoneError,
     UnavailableError,
 )
-from hiverd.contracts.isolation import BackendContext, Finding, Image, Isolation, Progress, Workload, WorkloadSpec
+from hiverd.contracts.isolation import (
+    BackendContext,
+    Finding,
+    Image,
+    Isolation,
+    Progress,
+    RootChanges,
+    Workload,
+    WorkloadSpec,
+)
 
 from . import below, documents, layers, rootswap, settings, trial
 from .engine import EngineApi
@@ -237,7 +246,15 @@ class DockerIsolation(Isolation):
         except BaseException:
             os.close(descriptor)
             raise
+        # Whoever paused it may have been killed since.
+        await self._in_pool(lambda: self._cgroups.thaw(spec.sandbox_id))
         return DockerWorkload(spec, identity, descriptor, self._folders.of(spec.sandbox_id), tools)
+
+    async def root_changes(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> RootChanges | None:
+        """None where the Engine keeps the root file system itself."""
+        if not await self._in_pool(upper_folder(spec.volume).is_dir):
+            return None
+        return root_changes(spec.volume, None)
 
     async def destroy(self, sandbox_id: str, state: Mapping[str, Any] | None) -> None:
         self._ready()
