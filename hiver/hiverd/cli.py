@@ -197,6 +197,14 @@ def mount_server(folder: str) -> None:  # noqa: ARG001 -- names it in the list o
     work()
 
 
+@main.command("snapshot-worker", hidden=True)
+def snapshot_worker() -> None:
+    """Capture or restore for the server that started this process. Not for people."""
+    from hiverd.snapshots.worker import main as work
+
+    work()
+
+
 main.add_command(snapshots)
 
 __all__ = ["COMMANDS", "EXIT_EXEC_FAILED", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_SETTINGS", "main"]

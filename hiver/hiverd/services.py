@@ -37,6 +37,7 @@ from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.snapshot_stores import SnapshotStores, open_store
+from hiverd.sandboxes.snapshotting import Snapshots
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
 from hiverd.sandboxes.stdio import StdioLimits
 from hiverd.sandboxes.tasks import TaskGroup
@@ -138,6 +139,13 @@ class Services:
         self.snapshot_stores = SnapshotStores(
             self.snapshot_store, settings.snapshots, self.planner, settings.server.data_dir / "spool"
         )
+        self.snapshots = Snapshots(
+            isolation=self.isolation,
+            stores=self.snapshot_stores,
+            settings=settings.snapshots,
+            data_dir=settings.server.data_dir,
+            ready=self.mounting.serve_ended,
+        )
         defaults = SpecDefaults(
             image=settings.sandbox.default_image,
             cpu=settings.sandbox.cpu,
@@ -177,6 +185,7 @@ class Services:
             egress=self.egress,
             file_events=self.file_events,
             governed=self.governed,
+            snapshots=self.snapshots,
             entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
             clock=self.clock,
             tasks=self.tasks,
@@ -200,6 +209,7 @@ class Services:
             volumes=self.volumes,
             egress=self.egress,
             governed=self.governed,
+            snapshots=self.snapshots,
             records=self.records,
             clock=self.clock,
             tasks=self.tasks,

@@ -73,6 +73,7 @@ def build_asgi(services: Services) -> Front:
         "execs": services.execs,
         "isolation": services.isolation,
         "files": services.files,
+        "snapshots": services.snapshots,
         "parsers": ParserWatch(),
         "snapshot_stores": services.snapshot_stores,
         "keepalive_seconds": services.settings.exec.keepalive_seconds,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from bench import buckets, docker, egress, fuse, measures, trees
+from bench import buckets, docker, egress, fuse, measures, snapshots, trees
 from bench.bare import BareRuntime
 from bench.report import Row, table, write_json
 from support.leaks import marks_of, wait_until_clean
@@ -71,6 +71,7 @@ def main() -> int:
             "proxy": lambda: measures.proxied_requests(server),
             "files": lambda: measures.transfers(server, folder),
             "trees": lambda: trees.measure(server, runtime),
+            "snapshots": lambda: snapshots.measure(server, folder),
             "stream": lambda: measures.streamed_output(server),
         }
         known = without_server | with_server

@@ -76,7 +76,6 @@ UNSUPPORTED: list[tuple[Body, str]] = [
     ({"fs": [{"backend": "gcs", "mount": "/a", "gcs_bucket": "b", "gcs_service_account_json": "{}"}]}, "fs[0]"),
     ({"fs": [{"backend": "external", "mount": "/a", "host": "ftp://127.0.0.1:9"}]}, "fs[0].host"),
     (_fs(origin="/etc"), "fs[0].origin"),
-    ({"snapshot": {"files": {"key": "k"}}}, "snapshot"),
 ]  # fmt: skip
 """Well-formed, and not offered, or of no use: refused by name, never silently ignored."""
 

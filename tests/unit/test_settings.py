@@ -62,7 +62,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
 
 def sample(kind: str, default: Any) -> tuple[str, Any]:
     if kind.startswith(("integer", "number")):
-        value = default * 2 if default != 1.0 else 2.0
+        value = default * 2
         return str(value), value
     if " or " in kind:
         value = next(choice.strip("`") for choice in kind.split(" or ") if choice.strip("`") != default)

@@ -17,7 +17,7 @@ import msgspec
 from hiver_backends.linux import pids, seccomp, syscalls
 from hiver_backends.linux.children import Children
 from hiver_backends.linux.inotify import Inotify
-from hiver_backends.linux.rootfs import RootFs
+from hiver_backends.linux.rootfs import RootFs, root_changes
 from hiver_backends.linux.userns import UserNamespaces
 from hiver_backends.linux.workload import Shared
 from hiverd.contracts.errors import (
@@ -29,7 +29,16 @@ from hiverd.contracts.errors import (
     SandboxGoneError,
     UnavailableError,
 )
-from hiverd.contracts.isolation import BackendContext, Finding, Image, Isolation, Progress, Workload, WorkloadSpec
+from hiverd.contracts.isolation import (
+    BackendContext,
+    Finding,
+    Image,
+    Isolation,
+    Progress,
+    RootChanges,
+    Workload,
+    WorkloadSpec,
+)
 
 from . import documents, settings, takeover, trial
 from .engine import EngineApi
@@ -213,7 +222,12 @@ class DockerIsolation(Isolation):
         except BaseException:
             os.close(descriptor)
             raise
+        # Whoever paused it may have been killed since.
+        await self._in_pool(lambda: self._cgroups.thaw(spec.sandbox_id))
         return DockerWorkload(spec, identity, descriptor, self._folders.of(spec.sandbox_id), tools)
+
+    async def root_changes(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> RootChanges | None:
+        return root_changes(spec.volume, state.get("host_id"))
 
     async def destroy(self, sandbox_id: str, state: Mapping[str, Any] | None) -> None:
         self._ready()

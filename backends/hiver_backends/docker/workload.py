@@ -177,6 +177,7 @@ class DockerWorkload(ContainerWorkload):
         return self._has_ended() and not monitor.is_running(self._container_id)
 
     async def stop(self, grace_seconds: float) -> None:
+        await self.resume()  # what is paused does not end
         if grace_seconds > 0 and not self._has_ended():
             await self._ask_to_end(grace_seconds)
         await self._kill()

@@ -16,6 +16,8 @@ from typing import Final
 
 from hiverd.contracts.isolation import Usage
 
+from .freezer import Freezer, freezer_of
+
 ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT_SHARES_V1: Final = 256
 _PARENT_WEIGHT_V2: Final = 25
@@ -93,8 +95,38 @@ class Cgroups:
                 return _processes(folder)
         return set()
 
+    def freeze(self, sandbox_id: str, timeout_seconds: float) -> bool:
+        """Nothing in the group runs when this returns True. False: it could not be had in time, and it runs. Blocking.
+
+        Raises `FileNotFoundError` where the kernel has no freezer.
+        """
+        places = self._freezers(sandbox_id)
+        if not places:
+            raise FileNotFoundError(errno.ENOENT, "no freezer")
+        place = places[0]
+        place.freeze()
+        deadline_monotonic = time.monotonic() + timeout_seconds
+        delay_seconds = 0.0005
+        while not place.is_frozen():
+            if time.monotonic() > deadline_monotonic:
+                place.thaw()
+                return False
+            time.sleep(delay_seconds)
+            delay_seconds = min(2 * delay_seconds, 0.01)
+        return True
+
+    def thaw(self, sandbox_id: str) -> None:
+        """Lets a frozen group go on. Harmless for one that is not, or is gone."""
+        for place in self._freezers(sandbox_id):
+            with contextlib.suppress(OSError):
+                place.thaw()
+
+    def _freezers(self, sandbox_id: str) -> list[Freezer]:
+        return [found for found in map(freezer_of, self.folders(sandbox_id)) if found is not None]
+
     def kill(self, sandbox_id: str) -> None:
         """One round of SIGKILL to everything in the groups."""
+        self.thaw(sandbox_id)
         for folder in self.folders(sandbox_id):
             with contextlib.suppress(OSError):
                 if (folder / "cgroup.kill").exists():
@@ -124,6 +156,7 @@ class Cgroups:
 
     def remove(self, sandbox_id: str, timeout_seconds: float) -> None:
         """Kills and removes until no group is left. Blocking. Raises `TimeoutError`."""
+        self.thaw(sandbox_id)  # what is frozen does not end, whatever signal it gets
         deadline_monotonic = time.monotonic() + timeout_seconds
         delay_seconds = 0.0005
         # Most often all are in the first hierarchy we look at; what is only in another one, the second loop finds.

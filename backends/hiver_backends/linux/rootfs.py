@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from hiverd.contracts.isolation import Mount
+from hiverd.contracts.isolation import Mount, RootChanges
 
 from . import inside, syscalls
-from .userns import UserNamespaces, for_owner, for_sandbox
+from .userns import SUBORDINATE_IDS, UserNamespaces, for_owner, for_sandbox
 
 _OVERLAY_OPTIONS: Final = (
     # File handles of the overlay are what fanotify reports. Volatile: no sandbox outlives its host's reboot, so what
@@ -24,6 +24,19 @@ _OVERLAY_OPTIONS: Final = (
     "",
 )
 """Kernels that lack options get along without."""
+
+
+def upper_folder(volume: Path) -> Path:
+    """Where a sandbox's changes to its root file system are."""
+    return volume / "root" / "upper"
+
+
+def root_changes(volume: Path, host_id: int | None) -> RootChanges:
+    """For the core: what `RootFs.mount` made of a volume."""
+    upper = str(upper_folder(volume))
+    if host_id is None:
+        return RootChanges(upper=upper)
+    return RootChanges(upper=upper, first_id=host_id, id_count=SUBORDINATE_IDS)
 
 
 class RootFs:
@@ -50,7 +63,7 @@ class RootFs:
         unmounts what is below `target`.
         """
         bases = [folder for folder, place in layers if not place]
-        upper, work = volume / "root" / "upper", volume / "root" / "work"
+        upper, work = upper_folder(volume), volume / "root" / "work"
         for folder in (volume / "root", upper, work, target):
             folder.mkdir(mode=0o700, exist_ok=True)
         upper.chmod(0o755)

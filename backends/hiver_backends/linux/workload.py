@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from msgspec import Struct
 
-from hiverd.contracts.errors import BackendError, SandboxGoneError
+from hiverd.contracts.errors import BackendError, SandboxGoneError, UnavailableError, UnsupportedError
 from hiverd.contracts.isolation import ExecProcess, ExecSpec, Mount, Terminal, Usage, Workload, WorkloadSpec
 
 from . import bundle, livemounts, network, pids
@@ -26,6 +26,7 @@ from .killing import ProcessTree
 from .rootfs import RootFs
 from .terminal import EntryTerminal
 
+_FREEZE_SECONDS: Final = 1.0
 _ORPHANS_SECONDS: Final = 0.1
 _T = TypeVar("_T")
 
@@ -86,6 +87,25 @@ class ContainerWorkload(Workload):
             os.close(descriptor)
             raise SandboxGoneError(f"sandbox {self.sandbox_id} has ended")
         return descriptor
+
+    def open_process(self) -> int:
+        if self._descriptor is None or self._has_ended():
+            raise SandboxGoneError(f"sandbox {self.sandbox_id} has ended")
+        return os.dup(self._descriptor)
+
+    async def pause(self) -> frozenset[int]:
+        try:
+            frozen = await self._in_pool(lambda: self._shared.cgroups.freeze(self.sandbox_id, _FREEZE_SECONDS))
+        except FileNotFoundError:
+            if self._has_ended():
+                raise SandboxGoneError(f"sandbox {self.sandbox_id} has ended") from None
+            raise UnsupportedError("this host has no control group freezer, so a sandbox cannot be paused") from None
+        if not frozen:
+            raise UnavailableError("the sandbox could not be paused in time")
+        return frozenset(self._shared.cgroups.members(self.sandbox_id))
+
+    async def resume(self) -> None:
+        await self._in_pool(lambda: self._shared.cgroups.thaw(self.sandbox_id))
 
     async def exec(self, spec: ExecSpec) -> ExecProcess:
         if self._has_ended():

@@ -20,7 +20,7 @@ from hiver_backends.linux.children import Children
 from hiver_backends.linux.conmon import Conmon
 from hiver_backends.linux.execs import Execs
 from hiver_backends.linux.inotify import Inotify
-from hiver_backends.linux.rootfs import RootFs
+from hiver_backends.linux.rootfs import RootFs, root_changes
 from hiver_backends.linux.runtime import Runtime, RuntimeCalls
 from hiver_backends.linux.tools import find_program
 from hiver_backends.linux.trial import Trial
@@ -33,6 +33,7 @@ from hiverd.contracts.isolation import (
     Image,
     Isolation,
     Progress,
+    RootChanges,
     Workload,
     WorkloadSpec,
 )
@@ -224,7 +225,12 @@ class OciIsolation(Isolation):
         if pids.has_ended(descriptor):
             os.close(descriptor)
             raise gone
+        # Whoever paused it may have been killed since.
+        await self._in_pool(lambda: self._cgroups.thaw(spec.sandbox_id))
         return OciWorkload(spec, identity, descriptor, started.cleaner.places(spec.sandbox_id), started.engine)
+
+    async def root_changes(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> RootChanges | None:
+        return root_changes(spec.volume, state.get("host_id"))
 
     async def destroy(self, sandbox_id: str, state: Mapping[str, Any] | None) -> None:
         cleaner = self._ready().cleaner

@@ -120,6 +120,7 @@ class OciWorkload(ContainerWorkload):
         return logs.follow(self._places.main.log, position, self._shared.inotify, self._output_ended)
 
     async def stop(self, grace_seconds: float) -> None:
+        await self.resume()  # what is paused does not end
         if grace_seconds > 0 and not self._has_ended():
             await self._ask_to_end(grace_seconds)
         await self._kill()

@@ -16,6 +16,7 @@ from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.sandboxes.snapshot_stores import SnapshotStores
+from hiverd.sandboxes.snapshotting import Snapshots
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -28,5 +29,6 @@ TheKeepalive = NamedDependency[float]
 TheManager = NamedDependency[Manager]
 TheParsers = NamedDependency[ParserWatch]
 ThePlanner = NamedDependency[MountPlanner]
+TheSnapshots = NamedDependency[Snapshots]
 TheSandbox = NamedDependency[Sandbox]
 TheSnapshotStores = NamedDependency[SnapshotStores]

@@ -13,9 +13,9 @@ from litestar.types import ASGIApp
 from hiverd.api.bodies import judged
 from hiverd.api.documents import describe, json_body
 from hiverd.api.front import family_of
-from hiverd.api.injected import AnyRequest, TheApplier, TheIsolation, TheKeepalive, TheManager, TheSandbox
+from hiverd.api.injected import AnyRequest, TheApplier, TheIsolation, TheKeepalive, TheManager, TheSandbox, TheSnapshots
 from hiverd.api.streams import HeldJson
-from hiverd.contracts.errors import NotFoundError, UnavailableError, UnsupportedError
+from hiverd.contracts.errors import NotFoundError, UnavailableError
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.wire.answers import ApplyResult, SandboxInfo
 from hiverd.wire.config import SandboxConfig, config_to_wire, decode_config, validate_config, with_defaults
@@ -95,13 +95,15 @@ class RunningController(Controller):
         )
 
     @post("/snapshot", summary="Capture a snapshot", operation_class=json_body(SnapshotRequest), responses=describe())
-    async def snapshot(self, request: AnyRequest, sandbox: TheSandbox, keepalive_seconds: TheKeepalive) -> ASGIApp:
+    async def snapshot(
+        self, request: AnyRequest, sandbox: TheSandbox, snapshots: TheSnapshots, keepalive_seconds: TheKeepalive
+    ) -> ASGIApp:
+        """The sandbox goes on meanwhile, but for a short pause. What takes longer than a second is answered with 200,
+        and an error in the body."""
         decoded = decode_snapshot(await request.body())
-
-        async def work() -> None:
-            part = "vm" if decoded.files is None else "files"
-            raise UnsupportedError("snapshots are not supported by this server yet", field=part)
-
         return HeldJson(
-            work(), cancel_on_disconnect=False, keepalive_seconds=keepalive_seconds, name=f"snapshot-{sandbox.key}"
+            snapshots.on_demand(sandbox, decoded),
+            cancel_on_disconnect=False,
+            keepalive_seconds=keepalive_seconds,
+            name=f"snapshot-{sandbox.key}",
         )

@@ -115,7 +115,7 @@ class ControllerRoutes(Controller):
         sandbox = manager.by_key(key)
         if sandbox is None:
             raise NotFoundError(f'no sandbox "{key}" is known here')
-        await manager.shutdown(sandbox)
+        await manager.shutdown(sandbox, tell=True)
 
 
 async def _lifecycle_frames(manager: Manager) -> AsyncGenerator[bytes, None]:
@@ -144,7 +144,7 @@ class PodController(Controller):
             raise NotFoundError(f'no sandbox "{key}" is known here')
 
         async def work() -> dict[str, str]:
-            await manager.shutdown(sandbox)
+            await manager.shutdown(sandbox, tell=True)
             return {"id": sandbox.id, "key": sandbox.key, "status": "destroyed"}
 
         return HeldJson(

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Final, Literal
 
 from msgspec import Struct
 
+from hiverd.contracts.errors import UnsupportedError
+
 Stream = Literal["stdout", "stderr"]
 Progress = Callable[[str], None]
 """Called with one line of text for people while something long is under way."""
@@ -127,6 +129,16 @@ class Usage(Struct, frozen=True):
     """Without reclaimable page cache."""
 
 
+class RootChanges(Struct, frozen=True, kw_only=True):
+    """Where on this host is what a sandbox has written to its root file system."""
+
+    upper: str
+    """The upper folder of an overlay, with the kernel's marks for what was deleted."""
+    first_id: int = 0
+    """The host id that is 0 inside; owners in `upper` are shifted by it."""
+    id_count: int = 1 << 32
+
+
 class WorkloadExit(Struct, frozen=True):
     exit_code: int
     """128+n for signal n."""
@@ -232,6 +244,11 @@ class Workload(abc.ABC):
         """Host uid and gid of the workload's root user, for files that the core creates inside."""
 
     @abc.abstractmethod
+    def open_process(self) -> int:
+        """A new pidfd of a process whose namespaces are the workload's, from `create` on: for `setns`. The caller
+        closes it soon."""
+
+    @abc.abstractmethod
     async def begin(self) -> None:
         """Lets the workload run its first instruction."""
 
@@ -270,6 +287,15 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     async def mounted_targets(self) -> frozenset[str]:
         """Those of our mounts that exist in the running workload."""
+
+    async def pause(self) -> frozenset[int]:
+        """Nothing of the workload runs when this returns, until `resume`, `stop` or `Isolation.adopt`. Gives its
+        processes' pids on this host. Raises `UnavailableError` if that cannot be had soon; then it runs.
+        `UnsupportedError`: this plug-in cannot."""
+        raise UnsupportedError("this isolation plug-in cannot pause a sandbox")
+
+    async def resume(self) -> None:  # noqa: B027 -- for those that cannot pause
+        """Ends a pause. Harmless without one."""
 
     @abc.abstractmethod
     async def stop(self, grace_seconds: float) -> None:
@@ -318,6 +344,10 @@ class Isolation(abc.ABC):
 
         Works on half-made sandboxes and on ids it never saw. Returns when nothing is left; raises otherwise.
         """
+
+    async def root_changes(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> RootChanges | None:
+        """For a sandbox that runs, or has ended and was not destroyed yet. None: this plug-in cannot tell."""
+        return None
 
     @abc.abstractmethod
     async def list_owned(self) -> frozenset[str]:

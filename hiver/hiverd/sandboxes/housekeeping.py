@@ -17,6 +17,7 @@ from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.manager import Manager
 from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.sandboxes.snapshotting import Snapshots
 from hiverd.sandboxes.tasks import TaskGroup
 from hiverd.state.records import Records
 from hiverd.wire.events import ResourceUsageEvent
@@ -43,6 +44,7 @@ class Housekeeping:
         volumes: Volumes,
         egress: EgressGates,
         governed: GovernedMounts,
+        snapshots: Snapshots,
         records: Records,
         clock: Clock,
         tasks: TaskGroup,
@@ -53,6 +55,7 @@ class Housekeeping:
         self._volumes = volumes
         self._egress = egress
         self._governed = governed
+        self._snapshots = snapshots
         self._records = records
         self._clock = clock
         self._tasks = tasks
@@ -64,6 +67,8 @@ class Housekeeping:
     def start(self) -> None:
         self._tasks.start(self._every(TICK_SECONDS, self.reap), name="reaper")
         self._tasks.start(self._every(SWEEP_SECONDS, self.sweep), name="sweep")
+        self._tasks.start(self._every(SWEEP_SECONDS, self._snapshots.offer_again), name="snapshots-kept-aside")
+        self._tasks.start(self._snapshots.offer_again(), name="snapshots-kept-aside-at-start")
         if self._usage_seconds > 0:
             self._tasks.start(self._every(self._usage_seconds, self.sample), name="usage")
 

@@ -25,7 +25,7 @@ from hiverd.contracts.errors import (
     SandboxGoneError,
     UnavailableError,
 )
-from hiverd.contracts.isolation import Isolation, Workload
+from hiverd.contracts.isolation import Isolation, Workload, WorkloadSpec
 from hiverd.files.volumes import Volumes
 from hiverd.sandboxes.egress import EgressGates
 from hiverd.sandboxes.entrypoints import Entrypoints
@@ -33,6 +33,7 @@ from hiverd.sandboxes.file_events import FileEvents
 from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.lifecycle import LifecycleStream
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
+from hiverd.sandboxes.snapshotting import HalfRestoredError, Snapshots
 from hiverd.sandboxes.specs import SpecBuilder
 from hiverd.sandboxes.tasks import TaskGroup
 from hiverd.state.journal import Journal
@@ -73,6 +74,7 @@ class Manager:
         egress: EgressGates,
         file_events: FileEvents,
         governed: GovernedMounts,
+        snapshots: Snapshots,
         clock: Clock,
         tasks: TaskGroup,
         reconcile: Callable[[Sandbox], Awaitable[None]],
@@ -94,6 +96,7 @@ class Manager:
         self._revive = revive
         self._missing = missing
         self._governed = governed
+        self._snapshots = snapshots
         governed.on_lost = self._mount_lost
         self._limits = limits
         self._by_key: dict[str, Sandbox] = {}
@@ -195,6 +198,7 @@ class Manager:
             sandbox.created.set_exception(ConflictError(f'sandbox "{sandbox.key}" was shut down while it started'))
             return
         sandbox.status = "running"
+        sandbox.has_lived = True
         sandbox.touch()
         self._publish(sandbox, "start")
         self._watch(sandbox, workload)
@@ -203,6 +207,23 @@ class Manager:
     async def _build(self, sandbox: Sandbox) -> Workload:
         await self._records.insert(self._record_of(sandbox))
         sandbox.events.emit(SystemStartEvent())
+        workload, spec = await self._make(sandbox)
+        try:
+            await self._snapshots.restore(sandbox)
+        except HalfRestoredError as error:
+            log.warning("create %s: made anew, as its snapshot was restored in part only: %s", sandbox.key, error)
+            await self._take_apart(sandbox)
+            workload, spec = await self._make(sandbox)
+        # Only now: the sandbox trusts its own authority, and nothing of this is recorded as what the agent does.
+        await self._egress.open(sandbox, fresh=True)
+        await self._file_events.follow(sandbox)
+        await workload.begin()
+        await self._records.set_running(sandbox.id, spec, workload.state)
+        await self._entrypoints.settle(sandbox)
+        return workload
+
+    async def _make(self, sandbox: Sandbox) -> tuple[Workload, WorkloadSpec]:
+        """Everything up to the first instruction."""
         image = await self._isolation.resolve_image(
             self._specs.image_name(sandbox.config), lambda line: log.info("create %s: %s", sandbox.key, line)
         )
@@ -210,12 +231,16 @@ class Manager:
         sandbox.spec = await self._specs.build(sandbox, image, volume)
         workload = await self._isolation.create(sandbox.spec)
         sandbox.set_workload(workload)
-        await self._egress.open(sandbox, fresh=True)
-        await self._file_events.follow(sandbox)
-        await workload.begin()
-        await self._records.set_running(sandbox.id, sandbox.spec, workload.state)
-        await self._entrypoints.settle(sandbox)
-        return workload
+        return workload, sandbox.spec
+
+    async def _take_apart(self, sandbox: Sandbox) -> None:
+        """Undoes `_make`."""
+        state = sandbox.workload.state
+        await sandbox.workload.close()
+        sandbox.set_workload(None)
+        await self._isolation.destroy(sandbox.id, state)
+        await self._governed.release(sandbox.id)
+        await self._volumes.release(sandbox.id)
 
     def _record_of(self, sandbox: Sandbox) -> SandboxRecord:
         return SandboxRecord(
@@ -247,10 +272,11 @@ class Manager:
 
     # -- shutting down ----------------------------------------------------------------------------------------------
 
-    async def shutdown(self, sandbox: Sandbox, *, expired: bool = False) -> None:
+    async def shutdown(self, sandbox: Sandbox, *, expired: bool = False, tell: bool = False) -> None:
         """Stops and removes a sandbox; returns when its key is free. Any number of callers, one teardown.
 
-        It goes on when the caller leaves, and after an `UnavailableError`, raised while an engine is away.
+        It goes on when the caller leaves, and after an `UnavailableError`, raised while an engine is away. `tell`:
+        raises `BackendError` afterwards if its last snapshot is not where it should be.
         """
         if sandbox.status != "stopping":
             starting = sandbox.status == "starting"
@@ -259,6 +285,8 @@ class Manager:
                 sandbox.events.emit(SystemShutdownEvent())
             self._tasks.start(self._shut_down(sandbox, starting=starting), name=f"shutdown-{sandbox.key}")
         await sandbox.until_destroyed()
+        if tell and sandbox.end_error is not None:
+            raise BackendError(sandbox.end_error)
 
     async def _shut_down(self, sandbox: Sandbox, *, starting: bool) -> None:
         if starting:
@@ -305,6 +333,12 @@ class Manager:
             async with self._governed.cut_after(sandbox.id, self._limits.stop_grace_seconds + CUT_SECONDS):
                 await sandbox.workload.stop(self._limits.stop_grace_seconds)
         await self._entrypoints.forget(sandbox)
+        if sandbox.has_lived:
+            # Nothing runs any more, and nothing has been removed yet. If this cannot be done, the removal waits.
+            await self._snapshots.at_end(sandbox)
+            await self._records.set_captured(sandbox.id)
+            sandbox.has_lived = False
+        self._snapshots.forget(sandbox.id)
         state = None
         if sandbox.has_workload:
             state = sandbox.workload.state
@@ -345,14 +379,24 @@ class Manager:
         sandbox.spec = record.spec
         self._by_id[sandbox.id] = self._by_key[sandbox.key] = sandbox
         self._slots.add(sandbox.slot)
+        sandbox.isolation_state = record.state or {}
+        sandbox.has_lived = record.status != "starting" and record.spec is not None
         await self._volumes.adopt(record.id)
         if record.status != "running" or record.spec is None:
             sandbox.created.set_exception(NotFoundError(f'sandbox "{record.key}" was being removed'))
             sandbox.status = "stopping"
-            self._tasks.start(self._tear_down(sandbox, announce_stop=False), name=f"remove-{sandbox.key}")
+            self._tasks.start(self._go_on_removing(sandbox), name=f"remove-{sandbox.key}")
             return
         if not await self._try_adopt(sandbox, record):
             self._tasks.start(self._keep_adopting(sandbox, record), name=f"adopt-{sandbox.key}")
+
+    async def _go_on_removing(self, sandbox: Sandbox) -> None:
+        if sandbox.has_lived and sandbox.spec is not None:
+            try:  # it may not have been stopped yet
+                sandbox.set_workload(await self._isolation.adopt(sandbox.spec, sandbox.isolation_state))
+            except HiverError as error:
+                log.info("sandbox %s: %s", sandbox.key, error.message)
+        await self._tear_down(sandbox, announce_stop=False)
 
     async def _try_adopt(self, sandbox: Sandbox, record: SandboxRecord) -> bool:
         """False when it could not be found out: unknown is not dead."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from hiverd.contracts.errors import HiverError
+from hiverd.contracts.errors import BackendError, HiverError
 from hiverd.contracts.isolation import Mount, WorkloadSpec
 from hiverd.files.sever import sever
 from hiverd.sandboxes.governed import GovernedMounts
@@ -100,6 +100,26 @@ class Mounting:
             if target not in present or known.get(target) != mount:
                 await workload.add_mount(mount)
         return (*wanted.values(), *failed.values())
+
+    async def serve_ended(self, sandbox: Sandbox) -> None:
+        """What is mounted in a sandbox can be read from here, also when its workload has ended and the server was
+        started anew since. Raises `HiverError` if a mount has nothing behind it."""
+        spec = sandbox.spec
+        if spec is None:
+            return
+        mounts = {mount.target: mount for mount in spec.mounts}
+        for plan in self.planner.plan(sandbox.config):
+            mount = mounts.get(plan.target)
+            if plan.kind != "governed" or mount is None or self.governed.is_served(sandbox.id, plan.target):
+                continue
+            if sandbox.status == "running":
+                raise BackendError(f"mount {plan.target} is not served at the moment")
+            if not await self.governed.adopt(sandbox, plan, mount):
+                await self.governed.discard(sandbox, mount)
+                local = await self.local(plan, spec.volume)
+                folder = Path(local.source) if local else spec.volume
+                server, _ = await self.governed.start(sandbox, plan, folder, mount)
+                self.governed.use(sandbox.id, plan.target, server)
 
     def missing(self, sandbox: Sandbox) -> list[str]:
         """Governed mounts with nothing behind them, which `revive` may bring back."""

@@ -89,8 +89,6 @@ class MountPlanner:
 
     def plan(self, config: SandboxConfig) -> list[PlannedMount]:
         """Raises `UnsupportedError` or `InvalidError` naming the member that asks for too much. Creates nothing."""
-        if config.snapshot:
-            raise UnsupportedError("snapshot: snapshots are not supported by this server yet", field="snapshot")
         watched = config.events is None or not {"fs.request", "fs.response"}.isdisjoint(config.events)
         entries = with_environment(config, self._environ).fs or ()
         return [self._plan_one(f"fs[{index}]", entry, watched) for index, entry in enumerate(entries)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from hiverd.clock import Clock
 from hiverd.contracts.errors import UnavailableError
@@ -56,6 +56,12 @@ class Sandbox:
         self.stuck = asyncio.Event()
         """Set while its removal does not get on because an engine is away. It is tried on."""
         self.being_removed = False
+        self.has_lived = False
+        """Its workload has begun, and what it wrote has not been captured at its end yet."""
+        self.end_error: str | None = None
+        """What went wrong at its end, in words for whoever ended it."""
+        self.isolation_state: Mapping[str, Any] = {}
+        """The isolation plug-in's document, also when the workload has ended."""
         self._workload: Workload | None = None
         self._clock = clock
         self._default_ttl_seconds = default_ttl_seconds
@@ -92,6 +98,8 @@ class Sandbox:
 
     def set_workload(self, workload: Workload | None) -> None:
         self._workload = workload
+        if workload is not None:
+            self.isolation_state = workload.state
 
     @property
     def has_workload(self) -> bool:

@@ -13,6 +13,7 @@ AUTO: Final = Path("auto")
 ContainerBackend = Literal["auto", "oci", "docker"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+Compression = Literal["zstd", "gzip"]
 VolumeKind = Literal["auto", "loop", "plain"]
 EgressDefault = Literal["allow", "deny"]
 
@@ -246,7 +247,17 @@ class SnapshotsSettings(Struct, frozen=True, kw_only=True):
         int,
         Meta(description="Versions kept of each snapshot; older ones go when a new one is complete.", ge=1, le=1000),
     ] = 3
-    max_mib: Annotated[int, Meta(description="Largest archive that is imported or restored.", ge=1)] = 10240
+    max_mib: Annotated[
+        int, Meta(description="Largest archive that is captured, imported or restored, as it is stored.", ge=1)
+    ] = 10240
+    max_members: Annotated[
+        int,
+        Meta(description="Files and folders that an archive may have; more are not captured and not restored.", ge=1),
+    ] = 1_000_000
+    compression: Annotated[
+        Compression, Meta(description="Of archives that are captured: zstd, or gzip for tools that know no other.")
+    ] = "zstd"
+    compression_level: Annotated[int, Meta(description="From 1, which is fastest, to 9.", ge=1, le=9)] = 1
 
 
 class ImageAlias(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -98,6 +98,13 @@ class Records:
     async def set_stopping(self, sandbox_id: str) -> None:
         await self._database.execute("UPDATE sandboxes SET status = 'stopping' WHERE id = ?", (sandbox_id,))
 
+    async def set_captured(self, sandbox_id: str) -> None:
+        """What a removed sandbox leaves is safe. From here on its files may be half gone: nobody captures them again. A
+        removed sandbox without a spec is one of which nothing is to be kept."""
+        await self._database.execute(
+            "UPDATE sandboxes SET spec = NULL WHERE id = ? AND status = 'stopping'", (sandbox_id,)
+        )
+
     async def set_spec(self, sandbox_id: str, spec: WorkloadSpec) -> None:
         """Notes what a change is about to touch, before it does."""
         await self._database.execute("UPDATE sandboxes SET spec = ? WHERE id = ?", (_encode_spec(spec), sandbox_id))

@@ -18,6 +18,7 @@ from hiverd.contracts.isolation import (
     LogChunk,
     Mount,
     Progress,
+    RootChanges,
     Stream,
     Terminal,
     Usage,
@@ -71,6 +72,8 @@ class FakeWorkload(Workload):
         self.sandbox_id = spec.sandbox_id
         self.spec = spec
         self.begun = False
+        self.pauses = 0
+        self.resumes = 0
         self.processes: list[FakeProcess] = []
         self.mounts = {mount.target: mount for mount in spec.mounts}
         self.log: list[LogChunk] = []
@@ -89,6 +92,9 @@ class FakeWorkload(Workload):
         root = self.spec.volume / "fake-root"
         root.mkdir(parents=True, exist_ok=True)
         return os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def open_process(self) -> int:
+        return os.pidfd_open(os.getpid())
 
     @property
     def root_ids(self) -> tuple[int, int]:
@@ -133,6 +139,13 @@ class FakeWorkload(Workload):
 
     async def mounted_targets(self) -> frozenset[str]:
         return frozenset(self.mounts)
+
+    async def pause(self) -> frozenset[int]:
+        self.pauses += 1
+        return frozenset()
+
+    async def resume(self) -> None:
+        self.resumes += 1
 
     async def stop(self, grace_seconds: float) -> None:
         self.end(143)
@@ -185,6 +198,12 @@ class FakeIsolation(Isolation):
         if workload is not None:
             workload.end(137)
         self.destroyed.append(sandbox_id)
+
+    async def root_changes(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> RootChanges | None:
+        """`fake-upper` on the volume: what a test puts there, the sandbox has written."""
+        upper = spec.volume / "fake-upper"
+        upper.mkdir(exist_ok=True)
+        return RootChanges(upper=str(upper), first_id=os.getuid(), id_count=1)
 
     async def list_owned(self) -> frozenset[str]:
         return frozenset(self.workloads)

@@ -185,7 +185,7 @@ async def test_an_empty_command_succeeds_without_running(server):
         ("POST", "{base}/exec-stream/none/stdin", b"[]", 400, "body"),
         ("PUT", "{base}/config", b'{"ttl": -1}', 400, "ttl"),
         ("POST", "{base}/snapshot", b"{}", 400, "capture"),
-        ("POST", "{base}/snapshot", b'{"vm": {"key": "k"}}', 400, "not supported"),
+        ("POST", "{base}/snapshot", b'{"files": {"key": "k", "mount": "/none"}}', 400, "mount"),
         ("GET", "{base}/nothing", b"", 404, "Not Found"),
         ("GET", "/sandbox/unknown/v1/k/ping", b"", 404, "unknown"),
         ("GET", "/sandbox/unknown", b"", 404, "no such route"),

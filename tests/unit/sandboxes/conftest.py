@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from hiverd.clock import SystemClock
 from hiverd.contracts.isolation import BackendContext
+from hiverd.contracts.snapshot import SnapshotStore
 from hiverd.egress.dialer import Dialer
 from hiverd.egress.own_api import OwnApi
 from hiverd.egress.script_pool import ScriptPool
@@ -26,9 +28,12 @@ from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
 from hiverd.sandboxes.sandbox import Sandbox
+from hiverd.sandboxes.snapshot_stores import SnapshotStores, open_store
+from hiverd.sandboxes.snapshotting import Snapshots
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
 from hiverd.sandboxes.stdio import StdioLimits
 from hiverd.sandboxes.tasks import TaskGroup
+from hiverd.settings import SnapshotsSettings
 from hiverd.state.database import Database
 from hiverd.state.journal import Journal
 from hiverd.state.records import Records
@@ -66,11 +71,7 @@ class PlainVolumes:
         pass
 
     async def release(self, sandbox_id: str) -> None:
-        volume = self.root / sandbox_id
-        if volume.exists():
-            for path in sorted(volume.rglob("*"), reverse=True):
-                path.rmdir()
-            volume.rmdir()
+        shutil.rmtree(self.root / sandbox_id, ignore_errors=True)
 
     async def list_owned(self) -> frozenset[str]:
         return frozenset(path.name for path in self.root.iterdir()) if self.root.exists() else frozenset()
@@ -79,7 +80,9 @@ class PlainVolumes:
 class Core:
     """One server's worth of parts. `crash` drops them as `kill -9` would; the plug-in's workloads live on."""
 
-    def __init__(self, database: Database, isolation: FakeIsolation, volumes: PlainVolumes) -> None:
+    def __init__(
+        self, database: Database, isolation: FakeIsolation, volumes: PlainVolumes, store: SnapshotStore
+    ) -> None:
         limits = StdioLimits(lines_per_second=1000, bytes_per_second=1 << 20)
         self.clock = MovableClock()
         self.database = database
@@ -106,6 +109,15 @@ class Core:
             file_events=file_events,
             default_egress="allow",
         )
+        settings = SnapshotsSettings(path=base / "snapshots")
+        self.snapshot_stores = SnapshotStores(store, settings, self.planner, base / "spool")
+        self.snapshots = Snapshots(
+            isolation=isolation,
+            stores=self.snapshot_stores,
+            settings=settings,
+            data_dir=base,
+            ready=self.mounting.serve_ended,
+        )
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
         self.manager = Manager(
             isolation=isolation,
@@ -116,6 +128,7 @@ class Core:
             file_events=file_events,
             egress=self.egress,
             governed=self.governed,
+            snapshots=self.snapshots,
             entrypoints=Entrypoints(self.journal, self.clock, limits, self.tasks),
             clock=self.clock,
             tasks=self.tasks,
@@ -132,6 +145,7 @@ class Core:
             volumes=volumes,  # type: ignore[arg-type]
             egress=self.egress,
             governed=self.governed,
+            snapshots=self.snapshots,
             records=self.records,
             clock=self.clock,
             tasks=self.tasks,
@@ -164,12 +178,15 @@ def open_core(tmp_path: Path, isolation: FakeIsolation) -> OpenCore:
     @asynccontextmanager
     async def open_one() -> AsyncIterator[Core]:
         database = await Database.open(tmp_path / "test.sqlite3")
-        core = Core(database, isolation, PlainVolumes(tmp_path / "volumes"))
+        store = await open_store(SnapshotsSettings(path=tmp_path / "snapshots"), "test0000")
+        core = Core(database, isolation, PlainVolumes(tmp_path / "volumes"), store)
         await core.journal.start()
         try:
             yield core
         finally:
             await core.tasks.close()
+            core.snapshot_stores.close()
+            await store.close()
             await core.journal.close()
             await database.close()
 

@@ -95,7 +95,6 @@ async def test_an_applied_events_filter_is_in_force_at_once(open_core):
     ("members", "field"),
     [
         ({"fs": [{"backend": "local", "mount": "/w", "acls": [{"path": "/w/x", "access": "ro"}]}]}, "fs[0]"),
-        ({"snapshot": {"files": {"key": "k"}}}, "snapshot"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(members, field):

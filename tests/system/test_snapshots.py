@@ -1,0 +1,246 @@
+"""Snapshots of real sandboxes: captured, restored, and never half of either."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from conftest import MakeServer
+from support.sandboxes import Box, local
+from support.server import Server
+from support.waiting import until, until_async
+
+pytestmark = pytest.mark.system
+
+
+def new_snapshot() -> str:
+    return f"s-{uuid.uuid4().hex[:12]}"
+
+
+async def capture(box: Box, key: str, **files: Any) -> dict[str, Any]:
+    """The `files` part of the answer."""
+    answer = await box.http.post(f"{box.base}/snapshot", json={"files": {"key": key, **files}}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    assert "files" in body, body
+    assert body["files"]["captured"] is True
+    assert body["files"]["key"] == key
+    assert body["files"]["bytes"] > 0
+    return dict(body["files"])
+
+
+FILL = """
+set -e
+mkdir -p /root/kept/inner /srv/gone
+cd /root/kept
+echo text > file; chmod 640 file; touch -d '2001-02-03 04:05:06.123456789' file
+ln file hard; ln -s file soft; mkfifo pipe
+truncate -s 100M sparse; printf end >> sparse
+printf x > owned; chown 12:34 owned
+python3 -c "import os; os.setxattr('file', 'user.note', b'kept')"
+mkdir empty; chmod 2750 empty; touch -d '2002-02-03 04:05:06' inner
+printf '%0250d' 0 > inner/$(printf 'n%.0s' $(seq 200))
+echo changed > /etc/issue
+rm -f /etc/nsswitch.conf
+"""
+LOOK = """
+cd /root/kept
+stat -c '%n %a %u %g %s %y %h %F' file hard soft pipe owned empty inner sparse
+cat file; readlink soft; [ file -ef hard ] && echo linked; tail -c 3 sparse; echo
+[ $(stat -c %b sparse) -lt 1000 ] && echo holes
+python3 -c "import os; print(os.getxattr('file', 'user.note'))"
+wc -c inner/n*
+cat /etc/issue; ls /etc/nsswitch.conf 2>&1 || true
+"""
+
+
+async def test_what_a_sandbox_wrote_is_in_the_next_one(http: httpx.AsyncClient, new_key: Callable[[], str]) -> None:
+    key = new_snapshot()
+    first = await Box.create(http, new_key())
+    await first.out(FILL)
+    before = await first.out(LOOK)
+    assert "cannot access '/etc/nsswitch.conf'" in before
+    await capture(first, key)
+    assert await first.out("echo still running") == "still running\n"
+    await first.remove()
+    second = await Box.create(http, new_key(), snapshot={"files": {"key": key}})
+    assert await second.out(LOOK) == before
+    assert await second.out("cat /etc/hostname") != await first_name(first)
+
+
+async def first_name(box: Box) -> str:
+    return f"{box.key}\n"
+
+
+async def test_mounts_are_left_out_unless_a_pattern_names_them(
+    http: httpx.AsyncClient, new_key: Callable[[], str]
+) -> None:
+    all_of_root, workspace = new_snapshot(), new_snapshot()
+    box = await Box.create(http, new_key())
+    await box.out("echo w > /workspace/w; mkdir -p /workspace/d /root/r; echo d > /workspace/d/d; echo r > /root/r/r")
+    await capture(box, all_of_root)
+    await capture(box, workspace, include=["/workspace/**"])
+    await box.remove()
+    first = await Box.create(http, new_key(), snapshot={"files": {"key": all_of_root}})
+    assert await first.out("ls /workspace; cat /root/r/r") == "r\n"
+    second = await Box.create(http, new_key(), snapshot={"files": {"key": workspace}})
+    assert await second.out("cat /workspace/w /workspace/d/d; ls /root") == "w\nd\n"
+    third = await Box.create(http, new_key(), snapshot={"files": {"key": workspace, "include": ["/workspace/d/*"]}})
+    assert await third.out("ls /workspace; cat /workspace/d/d") == "d\nd\n"
+
+
+async def test_shutdown_captures_when_asked_to(http: httpx.AsyncClient, new_key: Callable[[], str]) -> None:
+    asked, not_asked = new_snapshot(), new_snapshot()
+    for key, write in ((asked, True), (not_asked, False)):
+        box = await Box.create(
+            http,
+            new_key(),
+            snapshot={"files": {"key": key, "include": ["/workspace/**"], "write_on_shutdown": write}},
+        )
+        await box.out("echo kept > /workspace/f")
+        await box.remove()
+    again = await Box.create(http, new_key(), snapshot={"files": {"key": asked}})
+    assert await again.out("cat /workspace/f") == "kept\n"
+    afresh = await Box.create(http, new_key(), snapshot={"files": {"key": not_asked}})
+    assert await afresh.out("ls /workspace") == ""
+
+
+async def test_the_old_form_always_writes_and_falls_back_to_the_restore_key(
+    http: httpx.AsyncClient, new_key: Callable[[], str]
+) -> None:
+    key, other = new_snapshot(), new_snapshot()
+    box = await Box.create(http, new_key(), snapshot={"restore_key": key, "include": ["/workspace/**"]})
+    await box.out("echo 1 >> /workspace/f")
+    await box.remove()
+    box = await Box.create(
+        http, new_key(), snapshot={"restore_key": key, "write_key": other, "include": ["/workspace/**"]}
+    )
+    await box.out("echo 2 >> /workspace/f")
+    await box.remove()
+    for name, content in ((key, "1\n"), (other, "1\n2\n")):
+        box = await Box.create(http, new_key(), snapshot={"restore_key": name, "write_key": new_snapshot()})
+        assert await box.out("cat /workspace/f") == content
+
+
+async def test_the_end_of_the_entrypoint_and_of_the_time_are_ends_too(
+    http: httpx.AsyncClient, new_key: Callable[[], str]
+) -> None:
+    async def ended(**config: Any) -> None:
+        key = new_snapshot()
+        files = {"key": key, "include": ["/workspace/**"], "write_on_shutdown": True}
+        box = await Box.create(http, new_key(), snapshot={"files": files}, **config)
+
+        async def gone() -> bool:
+            listed = (await http.get("/controller/v1/sandboxes")).json()
+            return box.key not in {entry["key"] for entry in listed}
+
+        await until_async(gone, seconds=20, what="the end of the sandbox")
+        again = await Box.create(http, new_key(), snapshot={"files": {"key": key}})
+        assert await again.out("cat /workspace/f") == "by the entrypoint\n"
+
+    await ended(entrypoint=["sh", "-c", "echo by the entrypoint > /workspace/f; sleep 0.5"])
+    await ended(entrypoint=["sh", "-c", "echo by the entrypoint > /workspace/f; sleep 600"], ttl=1)
+
+
+async def test_a_machine_snapshot_of_a_container_is_not_captured_and_says_why(
+    http: httpx.AsyncClient, new_key: Callable[[], str]
+) -> None:
+    box = await Box.create(http, new_key())
+    answer = await box.http.post(f"{box.base}/snapshot", json={"vm": {"key": "v"}})
+    assert answer.status_code == 200
+    assert answer.json()["vm"]["captured"] is False
+    assert "microVM" in answer.json()["vm"]["reason"]
+
+
+async def test_ephemeral_servers_capture_what_they_remove(make_server: MakeServer) -> None:
+    server = make_server()
+    key = new_snapshot()
+    files = {"key": key, "include": ["/workspace/**"], "write_on_shutdown": True}
+    with server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+            box = await Box.create(http, "one", snapshot={"files": files})
+            await box.out("echo kept > /workspace/f")
+    with server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+            box = await Box.create(http, "two", snapshot={"files": {"key": key}})
+            assert await box.out("cat /workspace/f") == "kept\n"
+
+
+async def test_rules_of_mounts_hold_for_snapshots(http: httpx.AsyncClient, new_key: Callable[[], str]) -> None:
+    key = new_snapshot()
+    rules = (("/workspace/**", "rw"), ("/workspace/secret/**", "deny"))
+    box = await Box.create(http, new_key(), fs=[local("/workspace", *rules)])
+    await box.out("echo open > /workspace/open")
+    answer = await box.http.post(f"{box.base}/file/workspace/secret/s", content=b"secret")
+    assert answer.status_code == 200, answer.text
+    await capture(box, key, include=["/workspace/**"])
+    again = await Box.create(http, new_key(), snapshot={"files": {"key": key}})
+    assert await again.out("find /workspace -type f") == "/workspace/open\n"
+    governed = await Box.create(http, new_key(), fs=[local("/workspace", *rules)], snapshot={"files": {"key": key}})
+    assert await governed.out("cat /workspace/open") == "open\n"
+
+
+async def test_a_server_that_dies_in_the_middle_leaves_nothing_paused(make_server: MakeServer) -> None:
+    server = make_server(ephemeral=False)
+    server.start()
+    async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+        box = await Box.create(http, "paused")
+        freezer = freezer_of(server, box.id)
+        freezer("FROZEN")
+        server.kill()
+        server.start()
+        until(server.answers, seconds=20, what="an answer")
+        assert await box.out("echo alive") == "alive\n"
+
+
+def freezer_of(server: Server, sandbox_id: str) -> Callable[[str], None]:
+    found = [
+        *Path("/sys/fs/cgroup/freezer").glob(f"hiver-*/{sandbox_id}/freezer.state"),
+        *Path("/sys/fs/cgroup").glob(f"hiver-*/{sandbox_id}/cgroup.freeze"),
+        *Path("/sys/fs/cgroup/unified").glob(f"hiver-*/{sandbox_id}/cgroup.freeze"),
+    ]
+    assert found
+
+    def write(word: str) -> None:
+        for file in found:
+            file.write_text(word if file.name == "freezer.state" else str(int(word == "FROZEN")))
+
+    return write
+
+
+MAPPING = """
+import mmap, os, time
+file = open("/root/mapped", "r+b")
+memory = mmap.mmap(file.fileno(), 4096)
+told = os.open("/root/number", os.O_WRONLY | os.O_CREAT)
+number = 0
+while True:
+    number += 1
+    memory[:8] = b"%08d" % number
+    if number % 1000 == 0:
+        os.pwrite(told, b"%08d" % number, 0)
+"""
+
+
+async def test_what_is_written_while_it_is_captured_is_of_one_moment(
+    http: httpx.AsyncClient, new_key: Callable[[], str]
+) -> None:
+    """A program counts in mapped memory and now and then in a file: in a snapshot one is just ahead of the other."""
+    box = await Box.create(http, new_key())
+    await box.out(
+        "mkdir /root/many; cd /root/many; for i in $(seq 3000); do echo $i > $i; done; truncate -s 4096 ../mapped"
+    )
+    await box.http.post(f"{box.base}/file/root/count.py", content=MAPPING.encode())
+    await box.out("setsid python3 /root/count.py > /dev/null 2>&1 < /dev/null & sleep 1")
+    for _ in range(3):
+        key = new_snapshot()
+        await capture(box, key)
+        again = await Box.create(http, new_key(), snapshot={"files": {"key": key}})
+        mapped, number = (await again.out("head -c 8 /root/mapped; echo; cat /root/number")).split()
+        assert 0 <= int(mapped) - int(number) <= 1000
+        assert await again.out("ls /root/many | wc -l") == "3000\n"
