@@ -154,6 +154,11 @@ def test_the_command_line(server: Server, key: str, tmp_path: Path) -> None:
     assert (missing.returncode, sorted(path.name for path in tmp_path.iterdir())) == (1, ["in.tar.gz", "out.tar.gz"])
     assert key.encode() in missing.stderr
     assert b"Traceback" not in missing.stderr
+    for failing in (("import", key, "/no/such/file"), ("import", key, "/dev/null"), ("show", key), ("rm", key)):
+        failed = hiver(server, *failing)
+        assert (failed.returncode, failed.stdout) == (1, b"")
+        assert failed.stderr.startswith(b"hiver: ")
+        assert failed.stderr.count(b"\n") == 1
 
 
 def test_bounds_damage_and_bad_settings(make_server: MakeServer, tmp_path: Path) -> None:

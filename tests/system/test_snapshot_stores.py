@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
+import msgspec
 import pytest
 
 from hiver_snapshots.remote import RemoteStore
 from hiver_storage.s3 import S3FileSystem
 from hiverd.contracts.errors import BackendError, HiverError, UnavailableError
-from hiverd.testing.snapshot_harness import get, listed, noise, pieces, put
+from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.snapshot_stores import SnapshotStores, open_store
+from hiverd.settings import SnapshotsSettings
+from hiverd.testing.snapshot_harness import FIRST, BrokenSourceError, get, listed, noise, pieces, put
 from hiverd.testing.snapshots import SnapshotStoreSuite, StoreHarness
+from hiverd.wire.config import decode_config
 from support import object_services
 from support.fake_gcs import FakeGcs
 from support.snapshot_stores import (
@@ -52,8 +57,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bucket(moto_port: int) -> str:
-    name = f"b{uuid.uuid4().hex}"
+def client(moto_port: int) -> Iterator[Any]:
     client = boto3.client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{moto_port}",
@@ -61,9 +65,28 @@ def bucket(moto_port: int) -> str:
         aws_secret_access_key=SECRET,
         region_name="us-east-1",
     )
-    client.create_bucket(Bucket=name)
+    yield client
     client.close()
+
+
+@pytest.fixture
+def bucket(client: Any) -> str:
+    name = f"b{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=name)
     return name
+
+
+def s3_mount(bucket: str, port: int) -> dict[str, Any]:
+    return {
+        "mount": "/data",
+        "backend": "s3",
+        "s3_bucket": bucket,
+        "s3_prefix": "team",
+        "s3_access_key_id": KEY_ID,
+        "s3_secret_access_key": SECRET,
+        "s3_endpoint": f"http://127.0.0.1:{port}",
+        "s3_use_path_style": True,
+    }
 
 
 class TestS3(SnapshotStoreSuite):
@@ -87,17 +110,47 @@ class TestGcs(SnapshotStoreSuite):
 class TestS3Mount(SnapshotStoreSuite):
     @pytest.fixture
     def harness(self, moto_port: int, bucket: str, tmp_path: Path) -> StoreHarness:
-        config = {
-            "mount": "/data",
-            "backend": "s3",
-            "s3_bucket": bucket,
-            "s3_prefix": "team",
-            "s3_access_key_id": KEY_ID,
-            "s3_secret_access_key": SECRET,
-            "s3_endpoint": f"http://127.0.0.1:{moto_port}",
-            "s3_use_path_style": True,
-        }
+        config = s3_mount(bucket, moto_port)
         return BackendMountHarness(lambda: S3FileSystem(config), tmp_path / "spool")
+
+
+async def test_an_internal_mount_of_a_configuration(client: Any, bucket: str, moto_port: int, tmp_path: Path) -> None:
+    config = decode_config(msgspec.json.encode({"fs": [{**s3_mount(bucket, moto_port), "internal": True}]}))
+    settings = SnapshotsSettings(path=tmp_path / "snapshots")
+    default = await open_store(settings, FIRST)
+    stores = SnapshotStores(default, settings, MountPlanner([], environ={}), tmp_path / "spool")
+    try:
+        async with stores.chosen(config, "/data", None) as store:
+            await put(store, "demo", b"\x1f\x8b" + noise(1000))
+            found = client.list_objects_v2(Bucket=bucket)["Contents"]
+            assert [entry["Key"] for entry in found] == ["team/snapshot-demo.tar.gz"], "the service has it already"
+        async with stores.chosen(config, "/data", None) as store, stores.fetched(store, "demo") as fetched:
+            assert fetched.file.read() == b"\x1f\x8b" + noise(1000)
+        assert await listed(default) == []
+    finally:
+        stores.close()
+        await default.close()
+
+
+async def test_an_upload_that_fails_leaves_no_parts_behind(
+    credentials: None, client: Any, bucket: str, moto_port: int
+) -> None:
+    store = RemoteStore(options_for(url=f"s3://{bucket}/x", endpoint_url=f"http://127.0.0.1:{moto_port}"))
+    begun: list[Any] = []
+
+    async def content() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield noise(1 << 20)
+        begun.extend(client.list_multipart_uploads(Bucket=bucket)["Uploads"])
+        raise BrokenSourceError
+
+    try:
+        with pytest.raises(BrokenSourceError):
+            await store.put("demo", content())
+    finally:
+        await store.close()
+    assert begun, "it was sent in parts"
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=bucket)
 
 
 @pytest.fixture

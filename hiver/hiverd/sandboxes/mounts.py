@@ -93,6 +93,13 @@ class MountPlanner:
         entries = with_environment(config, self._environ).fs or ()
         return [self._plan_one(f"fs[{index}]", entry, watched) for index, entry in enumerate(entries)]
 
+    def plan_mount(self, config: SandboxConfig, target: str) -> PlannedMount | None:
+        """As `plan`, of one mount: what is wrong with another does not matter. None: there is none of that path."""
+        for index, entry in enumerate(with_environment(config, self._environ).fs or ()):
+            if entry.mount == target:
+                return self._plan_one(f"fs[{index}]", entry, watched=False)
+        return None
+
     def _plan_one(self, field: str, entry: AnyFileSystem, watched: bool) -> PlannedMount:
         origin = None
         if isinstance(entry, LocalFileSystem) and entry.origin is not None:

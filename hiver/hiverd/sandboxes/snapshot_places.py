@@ -184,7 +184,8 @@ class FolderPlace:
             draft = f"{_DRAFT}{secrets.token_hex(8)}"
             fd = linux.openat2(root, draft.encode(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, _RESOLVE, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                with suppress(OSError):  # who is quicker to lock it keeps it from being swept, and no more
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 while block := content.read(BLOCK_BYTES):
                     left = memoryview(block)
                     while left:

@@ -10,7 +10,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Final, cast
 
-import msgspec
 from msgspec import Struct
 
 from hiverd import plugins
@@ -102,8 +101,7 @@ class SnapshotStores:
         if mount is None:
             yield self.default
             return
-        plans = self._planner.plan(msgspec.structs.replace(config, snapshot=None))
-        plan = next((plan for plan in plans if plan.target == mount), None)
+        plan = self._planner.plan_mount(config, mount)
         if plan is None:
             raise InvalidError(f"{MOUNT_FIELD}: must be the mount of an entry of fs", field=MOUNT_FIELD)
         async with AsyncExitStack() as stack:

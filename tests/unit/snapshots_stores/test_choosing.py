@@ -81,6 +81,17 @@ async def test_a_remote_mount_is_asked_directly(stores: SnapshotStores) -> None:
             await asyncio.wait_for(store.find("demo"), 60)
 
 
+async def test_what_is_wrong_with_another_mount_does_not_matter(stores: SnapshotStores, tmp_path: Path) -> None:
+    origin = {"backend": "local", "origin": str(tmp_path / "origin")}
+    gone = {"backend": "local", "origin": str(tmp_path / "origin/gone")}
+    config = config_of({"mount": "/gone", **gone}, {"mount": "/a", **origin})
+    async with stores.chosen(config, "/a", None) as store:
+        await put(store, "demo", b"kept")
+    with pytest.raises(InvalidError, match=r"fs\[0\]\.origin"):
+        async with stores.chosen(config, "/gone", None):
+            pass
+
+
 async def test_an_unknown_mount_is_named(stores: SnapshotStores) -> None:
     with pytest.raises(InvalidError) as failed:
         async with stores.chosen(config_of({"mount": "/a", "backend": "local"}), "/b", None):
