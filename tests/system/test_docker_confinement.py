@@ -16,6 +16,7 @@ from hiverd.contracts.errors import UnavailableError
 from hiverd.contracts.isolation import Isolation, Workload
 from hiverd.testing.isolation_harness import run
 from hiverd.testing.isolation_life import joined, read_log, shell
+from support.docker import Engine
 from system.docker_support import DockerHarness, needs_docker
 
 pytestmark = [pytest.mark.system, needs_docker]
@@ -24,7 +25,8 @@ STATUS = "grep -E '^(Cap|Seccomp:|NoNewPrivs)' /proc/self/status; cat /proc/self
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DockerHarness]:
+def harness(tmp_path: Path, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerHarness]:
+    monkeypatch.setenv("DOCKER_HOST", docker_engine.host)
     harness = DockerHarness(tmp_path)
     yield harness
     harness.remove()

@@ -26,6 +26,7 @@ from hiver_backends.docker.engine import EngineApi
 from hiverd.contracts.errors import HiverError, InvalidError, NotFoundError
 from hiverd.contracts.isolation import Image, Isolation
 from hiverd.testing.isolation_harness import run
+from support.docker import Engine
 from system.docker_support import DockerHarness, needs_docker
 
 _TOOLS = ("skopeo", "docker-registry", "busybox")
@@ -106,7 +107,7 @@ class Store:
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
+async def store(tmp_path: Path, harness: DockerHarness) -> AsyncIterator[Store]:
     api = EngineApi(settings.endpoint(settings.Settings()), 60)
     store = Store(api, f"hiver-test-{hashlib.sha256(str(tmp_path).encode()).hexdigest()[:8]}")
     yield store
@@ -116,7 +117,8 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DockerHarness]:
+def harness(tmp_path: Path, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerHarness]:
+    monkeypatch.setenv("DOCKER_HOST", docker_engine.host)
     harness = DockerHarness(tmp_path, image_roots=[str(tmp_path / "roots")])
     yield harness
     harness.remove()

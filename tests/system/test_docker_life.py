@@ -15,13 +15,15 @@ from hiver_backends.docker.documents import PASSING_PREFIX
 from hiverd.contracts.errors import ConflictError, SandboxGoneError
 from hiverd.testing.isolation_harness import eventually, has_gone, run
 from hiverd.testing.isolation_life import joined, read_log, shell
+from support.docker import Engine
 from system.docker_support import DockerHarness, needs_docker
 
 pytestmark = [pytest.mark.system, needs_docker]
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DockerHarness]:
+def harness(tmp_path: Path, docker_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerHarness]:
+    monkeypatch.setenv("DOCKER_HOST", docker_engine.host)
     harness = DockerHarness(tmp_path)
     yield harness
     harness.remove()
