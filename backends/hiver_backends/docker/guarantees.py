@@ -2,8 +2,8 @@
 
 The documents are those of `GET /info` and `GET /version` of the Docker Engine API (1.41 and later). What is lost is
 lost aloud: `findings` names it, and unless the operator has accepted each lost guarantee by name (`[docker] accept`),
-the plug-in does not start. Losing `egress` never opens anything: a sandbox whose traffic cannot be judged has no
-network.
+the plug-in does not start. What guards a sandbox from outside cannot be accepted away, `egress` first of all: there the
+plug-in never starts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ EndpointKind = Literal["unix", "tcp", "ssh", "npipe"]
 Guarantee = Literal["egress", "governed-mounts", "mount-changes", "file-events", "limits", "seccomp", "tested-engine"]
 
 GUARANTEES: Final[tuple[Guarantee, ...]] = get_args(Guarantee)
+ACCEPTABLE: Final[tuple[Guarantee, ...]] = ("limits", "seccomp", "tested-engine")
 """The names that `[docker] accept` takes."""
 
 MEANINGS: Final[Mapping[Guarantee, str]] = {
-    "egress": "traffic is judged and recorded outside the sandbox (without: sandboxes have no network at all)",
+    "egress": "traffic is judged and recorded outside the sandbox",
     "governed-mounts": "mounts with rules, and remote ones",
     "mount-changes": "mounts change in a running sandbox",
     "file-events": "every access to a mount is an event",
@@ -36,6 +37,7 @@ MINIMUM_API: Final = (1, 41)
 
 _FROM_OUTSIDE: Final[tuple[Guarantee, ...]] = ("egress", "governed-mounts", "mount-changes", "file-events")
 """What takes root on the Engine's own host: these reach into a container's namespaces from outside."""
+_USER_NAMESPACES: Final = "user namespaces"
 _OUT_OF_REACH: Final = "whose files, processes and namespaces are out of reach"
 _BESIDE: Final = "run hiver serve on the engine's own host, or there in the container of build/container"
 
@@ -65,6 +67,7 @@ def losses(
         _distance(info, endpoint, local_root),
         _privileges(info, endpoint, local_root),
         _rootless(info),
+        _remapped(info),
         _engine(version),
         _limits(info),
         _seccomp(info),
@@ -79,8 +82,8 @@ def lost(found: Collection[Loss]) -> frozenset[Guarantee]:
 
 
 def unknown_names(accept: Collection[str]) -> list[str]:
-    """What in `[docker] accept` names no guarantee."""
-    return sorted(set(accept) - set(GUARANTEES))
+    """What in `[docker] accept` names no guarantee that one can do without."""
+    return sorted(set(accept) - set(ACCEPTABLE))
 
 
 def findings(
@@ -96,7 +99,16 @@ def findings(
     results = [_finding(loss, frozenset(accept)) for loss in found]
     if not any(finding.required for finding in results):
         results.insert(0, Finding("engine", ok=True, detail=_title(info, version)))
-    results.append(_remapped(info))
+    if not any(loss.name == _USER_NAMESPACES for loss in found):
+        results.append(
+            Finding(
+                _USER_NAMESPACES,
+                ok=False,
+                detail="not used: root of a sandbox has this host's root ids, without its privileges",
+                required=False,
+                remedy='container_backend = "oci" gives each sandbox its own',
+            )
+        )
     return results
 
 
@@ -112,9 +124,10 @@ def local_root(
 
 
 def _finding(loss: Loss, accepted: frozenset[str]) -> Finding:
+    meanings = "; ".join(f"{name}: {MEANINGS[name]}" for name in loss.guarantees)
+    detail = f"{loss.detail}; lost: {meanings}" if meanings else loss.detail
     if loss.fatal:
-        return Finding(loss.name, ok=False, detail=loss.detail, remedy=loss.remedy)
-    detail = f"{loss.detail}; lost: {'; '.join(f'{name}: {MEANINGS[name]}' for name in loss.guarantees)}"
+        return Finding(loss.name, ok=False, detail=detail, remedy=loss.remedy)
     missing = [name for name in loss.guarantees if name not in accepted]
     if not missing:
         return Finding(loss.name, ok=False, detail=f"{detail}; accepted by [docker] accept", required=False)
@@ -179,7 +192,7 @@ def _privileges(info: Mapping[str, Any], endpoint: EndpointKind, local_root: boo
     if local_root or endpoint != "unix" or _is_desktop(info):
         return None
     detail = "not root on the host on which the engine runs its containers"
-    return Loss("privileges", detail, f"sudo hiver serve ...; or {_BESIDE}", _FROM_OUTSIDE)
+    return Loss("privileges", detail, f"sudo hiver serve ...; or {_BESIDE}", _FROM_OUTSIDE, fatal=True)
 
 
 def _options(info: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -200,6 +213,7 @@ def _rootless(info: Mapping[str, Any]) -> Loss | None:
         "the engine runs without root: it can mount nothing of this server's folders",
         "use an engine that runs as root",
         _FROM_OUTSIDE,
+        fatal=True,
     )
 
 
@@ -250,14 +264,13 @@ def _seccomp(info: Mapping[str, Any]) -> Loss | None:
     )
 
 
-def _remapped(info: Mapping[str, Any]) -> Finding:
-    """Not a loss, but what an operator would want to know."""
-    if "userns" in _options(info) or "rootless" in _options(info):
-        return Finding("user namespaces", ok=True, detail="root of a sandbox is nobody on this host", required=False)
-    return Finding(
-        "user namespaces",
-        ok=False,
-        detail="not used: root of a sandbox has this host's root ids, without its privileges",
-        required=False,
-        remedy='"userns-remap": "default" in the engine\'s daemon.json makes it nobody',
+def _remapped(info: Mapping[str, Any]) -> Loss | None:
+    """Root file systems are made with the ids that containers have without."""
+    if "userns" not in _options(info):
+        return None
+    return Loss(
+        _USER_NAMESPACES,
+        "the engine maps user ids (userns-remap), for which this plug-in makes no root file systems yet",
+        'switch it off in the engine\'s daemon.json, or use container_backend = "oci", which maps them per sandbox',
+        fatal=True,
     )

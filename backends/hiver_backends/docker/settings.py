@@ -67,8 +67,11 @@ def parse(options: Mapping[str, Any]) -> Settings:
 def _check(settings: Settings) -> None:
     unknown = guarantees.unknown_names(settings.accept)
     if unknown:
-        known = ", ".join(guarantees.GUARANTEES)
-        raise InvalidError(f"[docker] accept: {unknown[0]!r} is no guarantee; known: {known}", field="docker.accept")
+        known = ", ".join(guarantees.ACCEPTABLE)
+        raise InvalidError(
+            f"[docker] accept: {unknown[0]!r} cannot be done without, or is unknown; these can: {known}",
+            field="docker.accept",
+        )
     if settings.host and not settings.host.startswith(_SCHEMES):
         raise InvalidError(f"[docker] host must begin with one of {', '.join(_SCHEMES)}", field="docker.host")
     if settings.log_max_bytes < 65536:
