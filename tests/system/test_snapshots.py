@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -244,3 +246,82 @@ async def test_what_is_written_while_it_is_captured_is_of_one_moment(
         mapped, number = (await again.out("head -c 8 /root/mapped; echo; cat /root/number")).split()
         assert 0 <= int(mapped) - int(number) <= 1000
         assert await again.out("ls /root/many | wc -l") == "3000\n"
+
+
+def hostile_archive(content: bytes) -> bytes:
+    """Tries to write to the host, then puts a file where it belongs."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+
+        def add(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", data: bytes = content) -> None:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.mode = kind, link, 0o755
+            member.size = len(data) if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(data))
+
+        add("../../../../tmp/hiver-escaped")
+        add("up", tarfile.SYMTYPE, "/../../../../../tmp")
+        add("up/hiver-escaped")
+        add("dev", tarfile.SYMTYPE, "/dev")
+        add("proc/1/root/tmp/hiver-escaped")
+        add("disk", tarfile.BLKTYPE)
+        add("usr/bin/sh")
+        add("workspace/hard", tarfile.LNKTYPE, "/etc/shadow")
+        add("workspace/in", data=b"inside\n")
+    return out.getvalue()
+
+
+async def test_a_hostile_archive_stays_in_the_sandbox(http: httpx.AsyncClient, new_key: Callable[[], str]) -> None:
+    key = new_snapshot()
+    answer = await http.put(f"/v1/snapshots/{key}/archive", content=hostile_archive(b"x"))
+    assert answer.status_code == 201, answer.text
+    box = await Box.create(http, new_key(), snapshot={"files": {"key": key}})
+    assert await box.out("cat /workspace/in; ls -d /up/hiver-escaped; [ -b /disk ] || echo none") == (
+        "inside\n/up/hiver-escaped\nnone\n"
+    )
+    assert not Path("/tmp/hiver-escaped").exists()
+
+
+async def test_a_damaged_snapshot_is_a_fresh_start_and_told(make_server: MakeServer) -> None:
+    server = make_server()
+    key = new_snapshot()
+    with server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+            box = await Box.create(http, "one")
+            await box.out("echo kept > /root/kept")
+            await capture(box, key)
+            [archive] = (server.data_dir / "snapshots" / key).glob("*.tar.zst")
+            content = bytearray(archive.read_bytes())
+            content[len(content) // 2] ^= 1
+            archive.write_bytes(content)
+            again = await Box.create(http, "two", snapshot={"files": {"key": key}})
+            assert await again.out("ls /root") == ""
+            errors = [event["error"] for event in await again.events() if "error" in event]
+            assert any("damaged" in error for error in errors), errors
+    assert "starts afresh" in server.log_tail()
+
+
+async def test_what_does_not_fit_is_not_there_by_half(make_server: MakeServer) -> None:
+    """Files for which the sandbox's disk is too small: it is made anew, without any of them."""
+    server = make_server(config="[sandbox]\ndisk_mib = 1024\n")
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as tar:
+        for number in range(3):
+            member = tarfile.TarInfo(f"root/f{number}")
+            member.size = 500 << 20
+            tar.addfile(member, Zeros())  # type: ignore[arg-type]
+    with server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=100) as http:
+            key = new_snapshot()
+            answer = await http.put(f"/v1/snapshots/{key}/archive", content=out.getvalue())
+            assert answer.status_code == 201, answer.text
+            box = await Box.create(http, "one", snapshot={"files": {"key": key}})
+            assert await box.out("ls /root; echo x > /root/x; cat /root/x") == "x\n"
+            errors = [event["error"] for event in await box.events() if "error" in event]
+            assert any("No space" in error for error in errors), errors
+    assert "made anew" in server.log_tail()
+
+
+class Zeros:
+    def read(self, size: int) -> bytes:
+        return bytes(size)

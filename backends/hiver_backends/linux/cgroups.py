@@ -24,6 +24,10 @@ _PARENT_WEIGHT_V2: Final = 25
 """A quarter of the default: when processors are short, the server comes before all its sandboxes together."""
 
 
+_FREEZE_TRY_SECONDS: Final = 0.1
+_FREEZE_PAUSE_SECONDS: Final = 0.002
+
+
 class Cgroups:
     """The layout of this host. All calls are quick and synchronous."""
 
@@ -103,16 +107,14 @@ class Cgroups:
         places = self._freezers(sandbox_id)
         if not places:
             raise FileNotFoundError(errno.ENOENT, "no freezer")
-        place = places[0]
-        place.freeze()
+        place = next((place for place in places if place.is_populated()), places[0])
         deadline_monotonic = time.monotonic() + timeout_seconds
-        delay_seconds = 0.0005
-        while not place.is_frozen():
+        while not place.settles(_FREEZE_TRY_SECONDS):
+            # Version 1 can get stuck on a process that is just being made; runc begins anew, too.
+            place.thaw()
             if time.monotonic() > deadline_monotonic:
-                place.thaw()
                 return False
-            time.sleep(delay_seconds)
-            delay_seconds = min(2 * delay_seconds, 0.01)
+            time.sleep(_FREEZE_PAUSE_SECONDS)
         return True
 
     def thaw(self, sandbox_id: str) -> None:
@@ -122,7 +124,8 @@ class Cgroups:
                 place.thaw()
 
     def _freezers(self, sandbox_id: str) -> list[Freezer]:
-        return [found for found in map(freezer_of, self.folders(sandbox_id)) if found is not None]
+        found = [freezer for freezer in map(freezer_of, self.folders(sandbox_id)) if freezer is not None]
+        return sorted(found, key=lambda freezer: not freezer.unified)
 
     def kill(self, sandbox_id: str) -> None:
         """One round of SIGKILL to everything in the groups."""

@@ -21,10 +21,11 @@ from .isolation_exec import ExecSuite
 from .isolation_harness import Harness
 from .isolation_host import HostSuite
 from .isolation_life import LifeSuite
+from .isolation_snapshots import SnapshotSuite
 from .isolation_terminal import TerminalSuite
 
 
-class IsolationSuite(LifeSuite, ExecSuite, TerminalSuite, HostSuite):
+class IsolationSuite(LifeSuite, ExecSuite, TerminalSuite, HostSuite, SnapshotSuite):
     """All of it."""
 
     @pytest.fixture

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 Body = Callable[["Context"], Awaitable[None]]
 Spread = Literal["all", "ends"]
 
-MODULES: Final = ("lifecycle", "executing", "terminals", "files", "configuring", "watching", "proxying", "documented")
+MODULES: Final = (
+    "lifecycle",
+    "executing",
+    "terminals",
+    "files",
+    "configuring",
+    "watching",
+    "proxying",
+    "snapshots",
+    "documented",
+)
 FIRST: Final = (0, 1, 15)
 LAST: Final = (0, 1, 9999)
 DEFAULT_SECONDS: Final = 45.0
