@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from hiver_snapshots.drafts import Draft, sweep, sync_folder
-from hiver_snapshots.pieces import BLOCK_BYTES, blocks
+from hiver_snapshots.pieces import BLOCK_BYTES
 from hiver_snapshots.threads import Threads
 from hiverd.contracts.errors import BackendError, InvalidError, UnavailableError
 from hiverd.contracts.snapshot import (
@@ -66,9 +66,7 @@ class LocalStore(SnapshotStore):
         try:
             with _told():
                 await self._threads.run(draft.open)
-            async for block in blocks(content):
-                with _told():
-                    await self._threads.run(draft.write, block)
+            await self._threads.write(content, draft.write, _told)
             with _told():
                 return await self._threads.run(self._publish, draft, key)
         finally:

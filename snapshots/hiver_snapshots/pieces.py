@@ -14,6 +14,9 @@ async def blocks(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The same bytes in pieces that are worth the way to a thread; the last may be shorter. Never an empty one."""
     gathered = bytearray()
     async for piece in content:
+        if len(piece) >= BLOCK_BYTES and not gathered:
+            yield piece
+            continue
         gathered += piece
         if len(gathered) >= BLOCK_BYTES:
             yield bytes(gathered)

@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Final
 
 from msgspec import Struct
 
-from hiver_snapshots.pieces import blocks
 from hiver_snapshots.threads import Threads
 from hiver_snapshots.uploads import DATA, Place, Upload
 from hiver_snapshots.urls import location
@@ -79,9 +78,7 @@ class RemoteStore(SnapshotStore):
         with self._told():
             upload = Upload(await self._threads.run(self._reached), key, self._instance)
         try:
-            async for block in blocks(content):
-                with self._told():
-                    await self._threads.run(upload.write, block)
+            await self._threads.write(content, upload.write, self._told)
             with self._told():
                 return await self._threads.run(self._publish, upload, key)
         finally:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Final, ParamSpec, TypeVar
+
+from hiver_snapshots.pieces import blocks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,6 +31,28 @@ class Threads:
         except asyncio.CancelledError:
             future.add_done_callback(lambda done: done.cancelled() or done.exception() or release(done.result()))
             raise
+
+    async def write(
+        self,
+        content: AsyncIterator[bytes],
+        write: Callable[[bytes], None],
+        told: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Writes all of it, in order. A block is written while the next one is waited for: whoever makes the content
+        need not stand still. `told` is around what writing raises, and not around what `content` does."""
+        writing: asyncio.Future[None] | None = None
+        try:
+            async for block in blocks(content):
+                if writing is not None:
+                    with told():
+                        await writing
+                writing = asyncio.ensure_future(self.run(write, block))
+            if writing is not None:
+                with told():
+                    await writing
+        finally:
+            if writing is not None:
+                writing.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def settle(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
         """Cleaning up: done also if the caller is cancelled meanwhile."""

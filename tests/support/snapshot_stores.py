@@ -31,6 +31,7 @@ module, name, options, key = sys.argv[1:]
 
 async def content():
     yield b"half of it" * 300_000
+    yield b"half of it" * 300_000  # the first is written by the time that this one is
     print("written", flush=True)
     await asyncio.Event().wait()
 

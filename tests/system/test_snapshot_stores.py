@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 import msgspec
 import pytest
 
@@ -24,6 +25,7 @@ from hiverd.testing.snapshots import SnapshotStoreSuite, StoreHarness
 from hiverd.wire.config import decode_config
 from support import object_services
 from support.fake_gcs import FakeGcs
+from support.server import Server
 from support.snapshot_stores import (
     BackendMountHarness,
     FileUrlHarness,
@@ -207,3 +209,47 @@ async def test_a_service_that_refuses_is_told_without_secrets(
                 await listed(store)
     finally:
         await store.close()
+
+
+async def run(http: httpx.AsyncClient, key: str, command: str, snapshot: dict[str, Any], **config: Any) -> str:
+    """What the command says in a sandbox that is there for it alone."""
+    body = {"ttl": 0, "snapshot": snapshot, **config}
+    ref = (await http.post(f"/v1/sandboxes/{key}", json=body)).raise_for_status().json()
+    api = f"/sandbox/{ref['id']}/v1/{key}"
+    try:
+        answer = (await http.post(f"{api}/exec", json={"command": command})).raise_for_status().json()
+    finally:
+        (await http.delete(api)).raise_for_status()
+    return str(answer["stdout"])
+
+
+@needs_root
+@pytest.mark.parametrize("where", ["store", "mount"])
+async def test_sandboxes_come_back_from_a_service(
+    make_server: Callable[..., Server], client: Any, bucket: str, moto_port: int, where: str
+) -> None:
+    config = ""
+    if where == "store":
+        options = f'options = {{ endpoint_url = "http://127.0.0.1:{moto_port}" }}'
+        config = f'[snapshots]\nstore = "remote"\nurl = "s3://{bucket}/team"\n{options}\n'
+    environment = {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    server = make_server(config=config, environment=environment)
+    server.start()
+    files = {"key": "state", "write_on_shutdown": True, "include": ["/root/**"]}
+    mounts: dict[str, Any] = {}
+    if where == "mount":
+        files["mount"] = "/data"
+        mounts = {"fs": [{**s3_mount(bucket, moto_port), "internal": True}]}
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+        await run(http, "one", "mkdir -p /root/d; echo kept > /root/d/f", {"files": files}, **mounts)
+        names = [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket).get("Contents", [])]
+        assert names, server.log_tail()
+        assert (names[0].startswith("team/snapshot-state.tar")) == (where == "mount")
+        assert await run(http, "two", "cat /root/d/f", {"files": files}, **mounts) == "kept\n"
+        if where == "store":
+            assert (await http.post("/v1/snapshots/state/fork", json={"to": "other"})).is_success
+            assert (await http.delete("/v1/snapshots/state")).status_code == 204
+            assert await run(http, "three", "cat /root/d/f", {"files": {**files, "key": "other"}}) == "kept\n"
+    assert server.stop() == 0
+    for secret in (KEY_ID, SECRET):
+        assert secret not in server.log_path.read_text()
