@@ -308,6 +308,7 @@ class Manager:
             except UnavailableError as error:
                 delay = AWAY_RETRY_SECONDS
                 log.warning("shutdown %s: %s; trying again in %s s", sandbox.key, error.message, delay)
+                sandbox.stuck_reason = error.message
                 sandbox.stuck.set()
                 await asyncio.sleep(delay)
             except Exception:

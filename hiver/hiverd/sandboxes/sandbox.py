@@ -54,7 +54,8 @@ class Sandbox:
         self.destroyed = asyncio.Event()
         """Set when nothing of it is left and its key is free."""
         self.stuck = asyncio.Event()
-        """Set while its removal does not get on because an engine is away. It is tried on."""
+        """Set while its removal does not get on because an engine is away, or the disk is full. It is tried on."""
+        self.stuck_reason = ""
         self.being_removed = False
         self.has_lived = False
         """Its workload has begun, and what it wrote has not been captured at its end yet."""
@@ -85,9 +86,7 @@ class Sandbox:
             async with asyncio.timeout(STUCK_PATIENCE_SECONDS):
                 await self.destroyed.wait()
         except TimeoutError:
-            raise UnavailableError(
-                f'sandbox "{self.key}" cannot be removed yet, as the engine does not answer'
-            ) from None
+            raise UnavailableError(f'sandbox "{self.key}" cannot be removed yet: {self.stuck_reason}') from None
 
     @property
     def workload(self) -> Workload:
