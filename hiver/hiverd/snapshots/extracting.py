@@ -23,8 +23,8 @@ from hiverd.snapshots.selection import Selection
 
 MAX_NAME_BYTES: Final = 4095
 _MAX_PART_BYTES: Final = 255
-_MAX_DEPTH: Final = 1024
-"""Of folders within folders that are emptied."""
+_MAX_DEPTH: Final = 256
+"""Of folders within folders that are removed: each takes a descriptor and a call."""
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _BELOW: Final = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_MAGICLINKS | linux.RESOLVE_NO_SYMLINKS
