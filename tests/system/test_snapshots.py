@@ -79,6 +79,18 @@ async def first_name(box: Box) -> str:
     return f"{box.key}\n"
 
 
+async def test_a_folder_of_the_image_that_was_replaced(http: httpx.AsyncClient, new_key: Callable[[], str]) -> None:
+    key = new_snapshot()
+    box = await Box.create(http, new_key())
+    found = await box.out("find /etc -mindepth 2 -type f | grep -v -e ssl -e pki -e ca-cert | head -1")
+    folder = found.strip().rpartition("/")[0]
+    assert folder.startswith("/etc/"), found
+    await box.out(f"rm -r {folder}; mkdir {folder}; echo new > {folder}/new")
+    await capture(box, key)
+    again = await Box.create(http, new_key(), snapshot={"files": {"key": key}})
+    assert await again.out(f"ls -A {folder}; cat {folder}/new") == "new\nnew\n"
+
+
 async def test_mounts_are_left_out_unless_a_pattern_names_them(
     http: httpx.AsyncClient, new_key: Callable[[], str]
 ) -> None:
