@@ -337,3 +337,18 @@ async def test_what_does_not_fit_is_not_there_by_half(make_server: MakeServer) -
 class Zeros:
     def read(self, size: int) -> bytes:
         return bytes(size)
+
+
+async def test_a_remote_store_round_trips(make_server: MakeServer, tmp_path: Path) -> None:
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    server = make_server(config=f'[snapshots]\nstore = "remote"\nurl = "file://{bucket}"\ncompression = "gzip"\n')
+    key = new_snapshot()
+    files = {"key": key, "include": ["/workspace/**"], "write_on_shutdown": True}
+    with server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            for count in (1, 2):
+                box = await Box.create(http, "box", snapshot={"files": files})
+                assert await box.out("echo x >> /workspace/f; wc -l < /workspace/f") == f"{count}\n"
+                await box.remove()
+    assert any(bucket.rglob("*"))
