@@ -79,6 +79,18 @@ async def first_name(box: Box) -> str:
     return f"{box.key}\n"
 
 
+async def test_a_folder_of_the_image_that_was_replaced(http: httpx.AsyncClient, new_key: Callable[[], str]) -> None:
+    key = new_snapshot()
+    box = await Box.create(http, new_key())
+    found = await box.out("find /etc -mindepth 2 -type f | grep -v -e ssl -e pki -e ca-cert | head -1")
+    folder = found.strip().rpartition("/")[0]
+    assert folder.startswith("/etc/"), found
+    await box.out(f"rm -r {folder}; mkdir {folder}; echo new > {folder}/new")
+    await capture(box, key)
+    again = await Box.create(http, new_key(), snapshot={"files": {"key": key}})
+    assert await again.out(f"ls -A {folder}; cat {folder}/new") == "new\nnew\n"
+
+
 async def test_mounts_are_left_out_unless_a_pattern_names_them(
     http: httpx.AsyncClient, new_key: Callable[[], str]
 ) -> None:
@@ -325,3 +337,18 @@ async def test_what_does_not_fit_is_not_there_by_half(make_server: MakeServer) -
 class Zeros:
     def read(self, size: int) -> bytes:
         return bytes(size)
+
+
+async def test_a_remote_store_round_trips(make_server: MakeServer, tmp_path: Path) -> None:
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    server = make_server(config=f'[snapshots]\nstore = "remote"\nurl = "file://{bucket}"\ncompression = "gzip"\n')
+    key = new_snapshot()
+    files = {"key": key, "include": ["/workspace/**"], "write_on_shutdown": True}
+    with server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            for count in (1, 2):
+                box = await Box.create(http, "box", snapshot={"files": files})
+                assert await box.out("echo x >> /workspace/f; wc -l < /workspace/f") == f"{count}\n"
+                await box.remove()
+    assert any(bucket.rglob("*"))

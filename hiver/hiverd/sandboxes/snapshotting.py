@@ -189,9 +189,9 @@ class Snapshots:
 
     async def _restored(self, sandbox: Sandbox, plan: FilesPlan) -> None:
         volume = None if sandbox.spec is None else sandbox.spec.volume
-        async with Worker() as worker, self._stores.chosen(sandbox.config, plan.mount, volume) as store:
+        async with self._stores.chosen(sandbox.config, plan.mount, volume) as store:
             try:
-                async with self._stores.fetched(store, plan.key) as fetched:
+                async with self._stores.fetched(store, plan.key) as fetched, Worker() as worker:
                     await self._restore_from(sandbox, plan, worker, fetched.file.fileno())
             except NotFoundError:
                 log.info("sandbox %s: there is no snapshot %s yet", sandbox.key, plan.key)

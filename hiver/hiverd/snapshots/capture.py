@@ -297,6 +297,10 @@ class Capture:
         if len(self._known) >= self._max_members:
             raise TooManyMembersError
         try:
+            # Not opened to find out: that would wake whoever waits at a FIFO, and devices may do anything.
+            if not stat.S_ISREG(os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode):
+                self._read_special(part, fd, entry, name)
+                return
             file = os.open(entry, _FILE, dir_fd=fd)
         except OSError as error:
             if error.errno not in _VANISHED:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import zstandard
 from hiverd.snapshots.capture import Part, TooManyMembersError
 from hiverd.snapshots.spool import Compression, SpoolFullError
 from support.archives import Taking, extract, look
+from support.waiting import until
 
 
 @pytest.fixture
@@ -163,6 +165,23 @@ def test_sockets_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.Mo
         taking = Taking(tree, tmp_path / "a").first()
     assert taking.capture.counts.left_out == 1
     taking.close()
+
+
+def test_whoever_waits_at_a_pipe_goes_on_waiting(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    os.mkfifo(tree / "pipe")
+    writer = subprocess.Popen(["sh", "-c", f"echo text > {tree}/pipe"])
+    try:
+        until(lambda: Path(f"/proc/{writer.pid}/wchan").exists(), seconds=5, what="the writer")
+        for _ in range(20):
+            Taking(tree, tmp_path / "a").first().again().finish()
+            time.sleep(0.01)  # it has time to notice a reader
+        assert writer.poll() is None
+        assert (tree / "pipe").read_text() == "text\n"
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def test_an_overlay_tells_what_was_deleted(tmp_path: Path) -> None:
