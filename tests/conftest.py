@@ -36,7 +36,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isolated_by" not in metafunc.fixturenames:
         return
     chosen = metafunc.config.getoption("--backend")
-    doubled = metafunc.definition.get_closest_marker("both_backends") is not None
+    marker = metafunc.definition.get_closest_marker("both_backends")
+    doubled = marker is not None and marker.args != (False,)
     names = [chosen] if chosen in BACKENDS else BACKENDS if chosen == "both" or doubled else ["oci"]
     metafunc.parametrize("isolated_by", names, indirect=True, scope="session")
 

@@ -80,6 +80,7 @@ def test_sandboxes_outlive_the_server(make_server: MakeServer, crash: bool) -> N
     wait_until_clean(marks_of(server.data_dir, [ref.id]))
 
 
+@pytest.mark.both_backends(False)  # nothing of it depends on isolation
 def test_how_often_a_long_answer_gets_a_byte_is_the_operators(make_server: MakeServer) -> None:
     server = make_server(config=DEFAULT_CONFIG + "[exec]\nkeepalive_seconds = 0.05\n")
     server.start()
@@ -88,6 +89,7 @@ def test_how_often_a_long_answer_gets_a_byte_is_the_operators(make_server: MakeS
     assert len(answer.content) - len(answer.content.lstrip(b" ")) > 8  # by default 2
 
 
+@pytest.mark.both_backends(False)  # nothing of it depends on isolation
 def test_two_servers_never_share_a_data_folder(make_server: MakeServer) -> None:
     first = make_server()
     first.start()
@@ -98,6 +100,7 @@ def test_two_servers_never_share_a_data_folder(make_server: MakeServer) -> None:
     assert first.answers()
 
 
+@pytest.mark.both_backends(False)  # nothing of it depends on isolation
 def test_a_port_in_use_is_said_clearly(make_server: MakeServer) -> None:
     first = make_server()
     first.start()

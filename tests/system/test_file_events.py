@@ -295,6 +295,7 @@ for i in range(60_000):
 """
 
 
+@pytest.mark.both_backends(False)  # half a minute, and the same code
 async def test_a_flood_is_bounded_and_not_silent(http: httpx.AsyncClient, new_key: Made) -> None:
     """The server answers meanwhile, and a neighbour's accesses are told as exactly as ever."""
     flooder, neighbour = await Agent.create(http, new_key()), await Agent.create(http, new_key())

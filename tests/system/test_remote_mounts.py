@@ -196,6 +196,7 @@ def pending_files(data_dir: Path) -> int:
     return count
 
 
+@pytest.mark.both_backends(False)  # half a minute, and the same code
 async def test_a_thousand_dirty_files_survive_the_end_of_everything(
     make_server: MakeServer, service: FakeExternal
 ) -> None:

@@ -18,7 +18,7 @@ from support.waiting import until
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.both_backends]
 
 CYCLES = int(os.environ.get("HIVER_TEST_CHURN_CYCLES", "1000"))
-DOCKER_CYCLES = 150
+DOCKER_CYCLES = 60
 """An Engine takes its time for each."""
 AT_A_TIME = 50
 

@@ -119,6 +119,7 @@ async def wait_for_only(client: httpx.AsyncClient, key: str) -> None:
             await client.delete(f"/sandbox/{entry['id']}/v1/{entry['key']}")
 
 
+@pytest.mark.both_backends(False)  # nothing of it depends on isolation
 async def test_a_ttl_counts_on_while_no_server_runs(tmp_path: Path, isolated_by: Backend) -> None:
     server = Server(tmp_path, ephemeral=False, backend=isolated_by)
     marks = marks_of(server.data_dir)
