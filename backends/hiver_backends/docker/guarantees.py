@@ -67,7 +67,6 @@ def losses(
         _distance(info, endpoint, local_root),
         _privileges(info, endpoint, local_root),
         _rootless(info),
-        _remapped(info),
         _engine(version),
         _limits(info),
         _seccomp(info),
@@ -99,17 +98,21 @@ def findings(
     results = [_finding(loss, frozenset(accept)) for loss in found]
     if not any(finding.required for finding in results):
         results.insert(0, Finding("engine", ok=True, detail=_title(info, version)))
-    if not any(loss.name == _USER_NAMESPACES for loss in found):
-        results.append(
-            Finding(
-                _USER_NAMESPACES,
-                ok=False,
-                detail="not used: root of a sandbox has this host's root ids, without its privileges",
-                required=False,
-                remedy='container_backend = "oci" gives each sandbox its own',
-            )
-        )
+    results.append(_user_namespaces(info))
     return results
+
+
+def _user_namespaces(info: Mapping[str, Any]) -> Finding:
+    if "userns" in _options(info):
+        detail = "the engine maps user ids: root of a sandbox is nobody on this host, the same nobody in all sandboxes"
+        return Finding(_USER_NAMESPACES, ok=True, detail=detail, required=False)
+    return Finding(
+        _USER_NAMESPACES,
+        ok=False,
+        detail="not used: root of a sandbox has this host's root ids, without its privileges",
+        required=False,
+        remedy='"userns-remap" in the engine\'s daemon.json; or container_backend = "oci", which gives each its own',
+    )
 
 
 def local_root(
@@ -261,16 +264,4 @@ def _seccomp(info: Mapping[str, Any]) -> Loss | None:
         f"the engine {how} seccomp filter",
         'a kernel with CONFIG_SECCOMP_FILTER, and no seccomp-profile "unconfined" in the engine\'s daemon.json',
         ("seccomp",),
-    )
-
-
-def _remapped(info: Mapping[str, Any]) -> Loss | None:
-    """Root file systems are made with the ids that containers have without."""
-    if "userns" not in _options(info):
-        return None
-    return Loss(
-        _USER_NAMESPACES,
-        "the engine maps user ids (userns-remap), for which this plug-in makes no root file systems yet",
-        'switch it off in the engine\'s daemon.json, or use container_backend = "oci", which maps them per sandbox',
-        fatal=True,
     )

@@ -48,9 +48,9 @@ CASES: Final[dict[str, Case]] = {
         {},
         "unix",
         True,
-        {"user namespaces"},
+        set(),
         frozenset(),
-        True,
+        False,
     ),
     "own profile": (
         {"SecurityOptions": ["name=seccomp,profile=/etc/docker/x.json"]},
@@ -205,3 +205,14 @@ def test_an_empty_document_promises_nothing() -> None:
 )
 def test_root_beside_the_engine(endpoint: EndpointKind, euid: int, kernel: str, pid: int, expected: bool) -> None:
     assert local_root(DEBIAN, endpoint, euid=euid, kernel_release=kernel, engine_pid=pid) is expected
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_whose_root_a_sandboxs_root_is(mapped: bool) -> None:
+    options = ["name=seccomp,profile=builtin", *(["name=userns"] if mapped else [])]
+    (found,) = [
+        each
+        for each in findings(DEBIAN | {"SecurityOptions": options}, VERSION, "unix", local_root=True)
+        if each.name == "user namespaces"
+    ]
+    assert (found.ok, found.required, bool(found.remedy)) == (mapped, False, not mapped)
