@@ -62,6 +62,7 @@ class Services:
             await self._start()
         except BaseException:
             await self._stack.aclose()
+            _remove_empty_run_folders(self.settings)
             raise
 
     async def _start(self) -> None:
@@ -245,6 +246,14 @@ def _remove_run_folder(settings: Settings) -> None:
     shutil.rmtree(settings.server.run_dir / instance_of(settings.server.data_dir), ignore_errors=True)
     with suppress(OSError):
         settings.server.run_dir.rmdir()
+
+
+def _remove_empty_run_folders(settings: Settings) -> None:
+    """After a start that failed. What has something in it may be that of sandboxes which the next start takes over."""
+    ours = settings.server.run_dir / instance_of(settings.server.data_dir)
+    for folder in (*ours.glob("*"), ours, settings.server.run_dir):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def backend_context(settings: Settings, name: str) -> BackendContext:

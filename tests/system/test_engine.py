@@ -223,3 +223,4 @@ def test_a_server_without_its_engine_says_so(tmp_path: Path) -> None:
         server.start()
     assert "nobody.sock" in str(caught.value)
     assert server.stop() == 1
+    assert not any(Path("/run/hiver", mark).exists() for mark in marks_of(server.data_dir) if "/" not in mark)
