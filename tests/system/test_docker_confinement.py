@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from hiver_backends.docker import DockerIsolation
-from hiverd.contracts.errors import UnavailableError
+from hiver_backends.docker.guarantees import ACCEPTABLE
+from hiverd.contracts.errors import InvalidError, UnavailableError
 from hiverd.contracts.isolation import Isolation, Workload
 from hiverd.testing.isolation_harness import run
 from hiverd.testing.isolation_life import joined, read_log, shell
@@ -143,8 +144,10 @@ async def test_an_engine_out_of_reach_is_refused(tmp_path: Path, host: str) -> N
 
 
 async def test_consent_does_not_open_a_remote_engine(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"host": "tcp://127.0.0.1:1", "accept": ["egress", "governed-mounts"]}
-    harness = DockerHarness(tmp_path, **options)
+    with pytest.raises(InvalidError, match="'egress' cannot be done without"):
+        DockerHarness(tmp_path, host="tcp://127.0.0.1:1", accept=["egress"]).build()
+    accepted: dict[str, Any] = {"host": "tcp://127.0.0.1:1", "accept": list(ACCEPTABLE)}
+    harness = DockerHarness(tmp_path, **accepted)
     isolation: DockerIsolation = harness.build()
     try:
         with pytest.raises(UnavailableError):
