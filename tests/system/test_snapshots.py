@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import random
+import subprocess
 import tarfile
 import uuid
 from collections.abc import Callable
@@ -14,10 +16,9 @@ import pytest
 
 from conftest import MakeServer
 from support.sandboxes import Box, local
-from support.server import Server
 from support.waiting import until, until_async
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.both_backends]
 
 
 def new_snapshot() -> str:
@@ -204,7 +205,7 @@ async def test_a_server_that_dies_in_the_middle_leaves_nothing_paused(make_serve
     server.start()
     async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
         box = await Box.create(http, "paused")
-        freezer = freezer_of(server, box.id)
+        freezer = await freezer_of(box)
         freezer("FROZEN")
         server.kill()
         server.start()
@@ -212,12 +213,17 @@ async def test_a_server_that_dies_in_the_middle_leaves_nothing_paused(make_serve
         assert await box.out("echo alive") == "alive\n"
 
 
-def freezer_of(server: Server, sandbox_id: str) -> Callable[[str], None]:
-    found = [
-        *Path("/sys/fs/cgroup/freezer").glob(f"hiver-*/{sandbox_id}/freezer.state"),
-        *Path("/sys/fs/cgroup").glob(f"hiver-*/{sandbox_id}/cgroup.freeze"),
-        *Path("/sys/fs/cgroup/unified").glob(f"hiver-*/{sandbox_id}/cgroup.freeze"),
+async def freezer_of(box: Box) -> Callable[[str], None]:
+    """Of the control group in which a command of the sandbox finds itself, as the host sees it."""
+    seconds = str(random.randrange(10**8, 10**9))
+    await box.out(f"exec > /dev/null 2>&1; sleep {seconds} &")
+    (pid,) = subprocess.check_output(["pgrep", "-f", f"^sleep {seconds}$"], text=True).split()
+    places = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    candidates = [
+        *(Path(f"/sys/fs/cgroup/freezer{path}/freezer.state") for _, names, path in places if names == "freezer"),
+        *(Path(f"/sys/fs/cgroup{path}/cgroup.freeze") for _, names, path in places if not names),
     ]
+    found = [file for file in candidates if file.exists()]
     assert found
 
     def write(word: str) -> None:
