@@ -14,6 +14,7 @@ import httpx
 import msgspec
 import pytest
 
+from contract.scenarios.registry import load
 from hiver_snapshots.remote import RemoteStore
 from hiver_storage.s3 import S3FileSystem
 from hiverd.contracts.errors import BackendError, HiverError, UnavailableError
@@ -24,6 +25,7 @@ from hiverd.testing.snapshot_harness import FIRST, BrokenSourceError, get, liste
 from hiverd.testing.snapshots import SnapshotStoreSuite, StoreHarness
 from hiverd.wire.config import decode_config
 from support import object_services
+from support.clients import Driver, version_tuple
 from support.fake_gcs import FakeGcs
 from support.server import Server
 from support.snapshot_stores import (
@@ -253,3 +255,28 @@ async def test_sandboxes_come_back_from_a_service(
     assert server.stop() == 0
     for secret in (KEY_ID, SECRET):
         assert secret not in server.log_path.read_text()
+
+
+@pytest.mark.both_backends
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_published_clients_of_both_forms_come_back(
+    make_server: Callable[..., Server], client: Any, bucket: str, moto_port: int, where: str
+) -> None:
+    config = ""
+    if where == "remote":
+        options = f'options = {{ endpoint_url = "http://127.0.0.1:{moto_port}" }}'
+        config = f'[snapshots]\nstore = "remote"\nurl = "s3://{bucket}/clients"\n{options}\n'
+    environment = {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    with make_server(config=config, environment=environment) as server:
+        for version in ("0.1.15", "0.1.18", "0.1.45"):
+            ours = [each for each in load().values() if each.name.startswith("snapshots.")]
+            covered = [each for each in ours if each.covers(version_tuple(version))]
+            assert covered
+            driver = Driver(version, server.url)
+            try:
+                for scenario in covered:
+                    driver.run(scenario.name, seconds=scenario.seconds)
+            finally:
+                driver.close()
+    stored = client.list_objects_v2(Bucket=bucket).get("Contents", [])
+    assert bool(stored) == (where == "remote")
