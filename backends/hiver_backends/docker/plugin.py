@@ -5,26 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, TypeVar
+from typing import Any, ClassVar
 
-import msgspec
-
-from hiver_backends.linux import pids, seccomp, syscalls
-from hiver_backends.linux.children import Children
-from hiver_backends.linux.inotify import Inotify
-from hiver_backends.linux.rootfs import RootFs, root_changes
-from hiver_backends.linux.userns import UserNamespaces
-from hiver_backends.linux.workload import Shared
+from hiver_backends.linux import seccomp
+from hiver_backends.linux.isolation import LinuxIsolation, checked_id, finished
 from hiverd.contracts.errors import (
     BackendError,
     ConflictError,
     HiverError,
-    InvalidError,
     NotFoundError,
     SandboxGoneError,
     UnavailableError,
@@ -33,9 +23,7 @@ from hiverd.contracts.isolation import (
     BackendContext,
     Finding,
     Image,
-    Isolation,
     Progress,
-    RootChanges,
     Workload,
     WorkloadSpec,
 )
@@ -49,29 +37,19 @@ from .probe import Offer, look
 from .programs import Programs
 from .workload import DockerWorkload, Identity
 
-_SANDBOX_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
-_ORPHANS_SECONDS: Final = 0.1
-_T = TypeVar("_T")
 
-
-class DockerIsolation(Isolation):
+class DockerIsolation(LinuxIsolation):
     """One per server. See the package's other modules for each part; this one puts them together."""
 
     name: ClassVar[str] = "docker"
-    kind: ClassVar[Literal["container", "microvm"]] = "container"
 
     def __init__(self, context: BackendContext) -> None:
         """Raises `InvalidError` naming a wrong option."""
-        super().__init__(context)
         self._settings = settings.parse(context.options)
         self._seccomp = seccomp.load(self._settings.seccomp, "docker")
         self._engine = EngineApi(settings.endpoint(self._settings), self._settings.timeout_seconds)
         self._cgroups = ContainerCgroups(context.instance)
-        self._namespaces = UserNamespaces()
-        self._rootfs = RootFs(self._namespaces)
-        self._pool: Final = ThreadPoolExecutor(2 * _processors() + 8, thread_name_prefix="docker")
-        self._children = Children(self._cgroups.contains_any)
-        self._inotify = Inotify()
+        super().__init__(context, self._cgroups, self._settings.parallelism)
         self._images = Images(
             context.data_dir / "images",
             context.instance,
@@ -85,9 +63,7 @@ class DockerIsolation(Isolation):
             log=context.data_dir / "sandboxes",
             mount=Path("/run", f"hiver-{context.instance}-docker"),
         )
-        self._builds = asyncio.Semaphore(self._settings.parallelism or min(64, 8 * _processors()))
         self._started: _Started | None = None
-        self._was_subreaper = False
 
     async def probe(self) -> list[Finding]:
         try:
@@ -103,15 +79,8 @@ class DockerIsolation(Isolation):
             if missing or offer.conmon is None or offer.init is None:
                 texts = [f"{finding.name}: {finding.detail} -> {finding.remedy}" for finding in missing]
                 raise UnavailableError("the isolation plug-in docker cannot work here: " + "; ".join(texts))
-            self._was_subreaper = syscalls.set_child_subreaper(True)
-            shared = Shared(
-                children=self._children,
-                cgroups=self._cgroups,
-                inotify=self._inotify,
-                rootfs=self._rootfs,
-                pool=self._pool,
-            )
-            programs = Programs(self.context.run_dir / "x", offer.conmon, shared, self._settings.log_max_bytes)
+            self._begin_to_reap()
+            programs = Programs(self.context.run_dir / "x", offer.conmon, self._shared, self._settings.log_max_bytes)
             init = offer.init
             self._started = _Started(offer, programs)
             await self._in_pool(lambda: self._prepare_folders(programs, init))
@@ -134,14 +103,7 @@ class DockerIsolation(Isolation):
         if self._started is not None:
             self._started.programs.close()
             self._started = None
-            syscalls.set_child_subreaper(self._was_subreaper)
-        # No command is about to be watched any more, so no orphan needs time to settle.
-        self._children.reap_orphans(lambda _: True)
-        self._children.close()
-        self._inotify.close()
-        # Waits for what is under way: a thread in the middle of a mount must not be left behind.
-        await asyncio.get_running_loop().run_in_executor(None, self._pool.shutdown)
-        self._namespaces.close()
+        await self._close_shared()
         with contextlib.suppress(OSError):
             self._folders.mount.rmdir()
 
@@ -151,7 +113,7 @@ class DockerIsolation(Isolation):
 
     async def create(self, spec: WorkloadSpec) -> Workload:
         started = self._ready()
-        places = self._folders.of(_checked_id(spec.sandbox_id))
+        places = self._folders.of(checked_id(spec.sandbox_id))
         async with self._builds:
             try:
                 prepared = await self._images.prepared(spec.image.handle)
@@ -176,13 +138,13 @@ class DockerIsolation(Isolation):
         config = documents.container(spec, layout)
         # A request that is given up goes on in the Engine: what it makes must not come after its own removal.
         try:
-            container_id = await _finished(self._engine.create(name, config))
+            container_id = await finished(self._engine.create(name, config))
         except NotFoundError:
             if prepared.layers is None:
                 raise
             await self._images.load_empty()  # someone has pruned images; it is the same again, by its content
-            container_id = await _finished(self._engine.create(name, config))
-        await _finished(self._engine.start(container_id))
+            container_id = await finished(self._engine.create(name, config))
+        await finished(self._engine.start(container_id))
         return await self._engine.inspect(container_id)
 
     def _take_over(
@@ -193,7 +155,7 @@ class DockerIsolation(Isolation):
         identity, descriptor = takeover.identify(container)
         try:
             self._cgroups.register(spec.sandbox_id, identity.pid)
-            takeover.give_root(self._rootfs, spec, prepared, container, identity, places)
+            takeover.give_root(self._shared.rootfs, spec, prepared, container, identity, places)
             return DockerWorkload(spec, identity, descriptor, places, started.programs.of(identity))
         except BaseException:
             os.close(descriptor)
@@ -201,47 +163,27 @@ class DockerIsolation(Isolation):
 
     async def adopt(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> Workload:
         started = self._ready()
+        identity, descriptor = await self._find_again(spec, state, Identity)
         try:
-            identity = msgspec.convert(dict(state), Identity)
-        except msgspec.ValidationError as error:
-            raise BackendError(f"the stored state of sandbox {spec.sandbox_id} cannot be read: {error}") from error
-        gone = SandboxGoneError(f"sandbox {spec.sandbox_id} has ended")
-        if identity.boot_id != pids.boot_id():
-            raise gone
-        descriptor = pids.open_verified(identity.pid, identity.start_ticks)
-        if descriptor is None:
-            raise gone
-        try:
-            if pids.has_ended(descriptor):
-                raise gone
             self._cgroups.register(spec.sandbox_id, identity.pid)
             tools = await self._in_pool(lambda: started.programs.of(identity))
-        except ProcessLookupError:
+            await self._thaw(spec.sandbox_id)
+        except BaseException as error:
             os.close(descriptor)
-            raise gone from None
-        except BaseException:
-            os.close(descriptor)
+            if isinstance(error, ProcessLookupError):
+                raise SandboxGoneError(f"sandbox {spec.sandbox_id} has ended") from error
             raise
-        # Whoever paused it may have been killed since.
-        await self._in_pool(lambda: self._cgroups.thaw(spec.sandbox_id))
         return DockerWorkload(spec, identity, descriptor, self._folders.of(spec.sandbox_id), tools)
-
-    async def root_changes(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> RootChanges | None:
-        return root_changes(spec.volume, state.get("host_id"))
 
     async def destroy(self, sandbox_id: str, state: Mapping[str, Any] | None) -> None:
         self._ready()
-        places = self._folders.of(_checked_id(sandbox_id))
-        inside_it = partial(self._cgroups.contains, sandbox_id)
+        places = self._folders.of(checked_id(sandbox_id))
         name = documents.container_name(self.context.instance, sandbox_id)
-        job = asyncio.ensure_future(self._engine.remove(name))
+        removal = asyncio.ensure_future(self._engine.remove(name))
         try:
-            while not (await asyncio.wait({job}, timeout=_ORPHANS_SECONDS))[0]:
-                # An unreaped orphan of ours inside holds up the end of its pid namespace.
-                self._children.reap_orphans(inside_it)
+            await self._while_reaping(sandbox_id, removal)
         finally:
-            job.cancel()
-        await job
+            removal.cancel()
         await self._in_pool(places.remove)
         self._cgroups.forget(sandbox_id)
         self._children.reap_orphans_later()
@@ -273,11 +215,6 @@ class DockerIsolation(Isolation):
             raise UnavailableError("the isolation plug-in docker has not been started")
         return self._started
 
-    async def _in_pool(self, work: Callable[[], _T]) -> _T:
-        """Work in a thread cannot be cancelled: whoever cancels us waits for its end, so that nothing goes on behind
-        the back of the `destroy` that follows."""
-        return await _finished(asyncio.get_running_loop().run_in_executor(self._pool, work))
-
 
 class _Started:
     """What exists from `start` to `close`."""
@@ -303,25 +240,3 @@ def _copy_program(source: Path, target: Path) -> None:
     fresh.write_bytes(content)
     fresh.chmod(0o755)
     fresh.rename(target)  # running sandboxes keep the old one
-
-
-async def _finished(work: Awaitable[_T]) -> _T:
-    """The outcome of work that goes on when nobody waits for it: whoever cancels us waits for its end."""
-    job = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(job)
-    except asyncio.CancelledError:
-        await asyncio.wait({job})
-        if not job.cancelled():
-            job.exception()
-        raise
-
-
-def _checked_id(sandbox_id: str) -> str:
-    if _SANDBOX_ID.fullmatch(sandbox_id) is None:
-        raise InvalidError(f"{sandbox_id!r} is no sandbox id")
-    return sandbox_id
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0))

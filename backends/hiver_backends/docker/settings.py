@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from msgspec import Struct
 
-from hiverd.contracts.errors import InvalidError
+from hiver_backends.linux.options import check_common, wrong
+from hiver_backends.linux.options import parse as read_options
 
 from . import guarantees
 
@@ -49,42 +47,19 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def parse(options: Mapping[str, Any]) -> Settings:
-    """Raises `InvalidError` naming the key, with the nearest known one for an unknown key."""
-    known = Settings.__struct_fields__
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise InvalidError(f"[docker] has no option {key!r}{hint}", field=f"docker.{key}")
-    try:
-        settings = msgspec.convert(dict(options), Settings)
-    except msgspec.ValidationError as error:
-        raise InvalidError(f"[docker]: {error}", field="docker") from error
-    _check(settings)
-    return settings
-
-
-def _check(settings: Settings) -> None:
+    """Raises `InvalidError` naming the key."""
+    settings = read_options("docker", options, Settings)
+    check_common("docker", settings)
     unknown = guarantees.unknown_names(settings.accept)
     if unknown:
         known = ", ".join(guarantees.ACCEPTABLE)
-        raise InvalidError(
-            f"[docker] accept: {unknown[0]!r} cannot be done without, or is unknown; these can: {known}",
-            field="docker.accept",
-        )
+        reason = f": {unknown[0]!r} cannot be done without, or is unknown; these can: {known}"
+        raise wrong("docker", "accept", reason, space="")
     if settings.host and not settings.host.startswith(_SCHEMES):
-        raise InvalidError(f"[docker] host must begin with one of {', '.join(_SCHEMES)}", field="docker.host")
-    if settings.log_max_bytes < 65536:
-        raise InvalidError("[docker] log_max_bytes must be at least 65536", field="docker.log_max_bytes")
+        raise wrong("docker", "host", f"must begin with one of {', '.join(_SCHEMES)}")
     if settings.timeout_seconds < 1:
-        raise InvalidError("[docker] timeout_seconds must be at least 1", field="docker.timeout_seconds")
-    if settings.parallelism < 0:
-        raise InvalidError("[docker] parallelism must not be negative", field="docker.parallelism")
-    if settings.seccomp != "default" and not Path(settings.seccomp).is_absolute():
-        raise InvalidError("[docker] seccomp must be 'default' or an absolute path", field="docker.seccomp")
-    for root in settings.image_roots:
-        if not Path(root).is_absolute():
-            raise InvalidError(f"[docker] image_roots: {root!r} is not an absolute path", field="docker.image_roots")
+        raise wrong("docker", "timeout_seconds", "must be at least 1")
+    return settings
 
 
 def endpoint(settings: Settings) -> str:

@@ -5,35 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, TypeVar
+from typing import Any, ClassVar
 
 import msgspec
 
 from hiver_backends.linux import bundle, inside, livemounts, pids, seccomp, syscalls
 from hiver_backends.linux.cgroups import Cgroups
-from hiver_backends.linux.children import Children
 from hiver_backends.linux.conmon import Conmon
 from hiver_backends.linux.execs import Execs
-from hiver_backends.linux.inotify import Inotify
-from hiver_backends.linux.rootfs import RootFs, root_changes
+from hiver_backends.linux.isolation import LinuxIsolation, checked_id
 from hiver_backends.linux.runtime import Runtime, RuntimeCalls
 from hiver_backends.linux.tools import find_program
 from hiver_backends.linux.trial import Trial
-from hiver_backends.linux.userns import UserNamespaces
-from hiver_backends.linux.workload import Shared
-from hiverd.contracts.errors import BackendError, ConflictError, InvalidError, SandboxGoneError, UnavailableError
+from hiverd.contracts.errors import BackendError, ConflictError, UnavailableError
 from hiverd.contracts.isolation import (
     BackendContext,
     Finding,
     Image,
-    Isolation,
     Progress,
-    RootChanges,
     Workload,
     WorkloadSpec,
 )
@@ -44,34 +36,22 @@ from .images import Images
 from .probe import Offer, look
 from .workload import Engine, Identity, OciWorkload, Places
 
-_SANDBOX_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
-_ORPHANS_SECONDS: Final = 0.1
-_T = TypeVar("_T")
 
-
-class OciIsolation(Isolation):
+class OciIsolation(LinuxIsolation):
     """One per server. See the package's other modules for each part; this one puts them together."""
 
     name: ClassVar[str] = "oci"
-    kind: ClassVar[Literal["container", "microvm"]] = "container"
 
     def __init__(self, context: BackendContext) -> None:
         """Raises `InvalidError` naming a wrong option."""
-        super().__init__(context)
         self._settings = settings.parse(context.options)
         self._seccomp = seccomp.load(self._settings.seccomp, "oci")
         self._cgroups = Cgroups(context.instance)
-        self._namespaces = UserNamespaces()
-        self._rootfs = RootFs(self._namespaces)
-        self._pool: Final = ThreadPoolExecutor(2 * _processors() + 8, thread_name_prefix="oci")
-        self._children = Children(self._cgroups.contains_any)
-        self._inotify = Inotify()
+        super().__init__(context, self._cgroups, self._settings.parallelism)
         self._images = Images(
             context.data_dir / "images", self._settings, context.image_aliases, self._children, self._pool
         )
-        self._builds = asyncio.Semaphore(self._settings.parallelism or min(64, 8 * _processors()))
         self._started: _Started | None = None
-        self._was_subreaper = False
         self._swap_limit = False
 
     async def probe(self) -> list[Finding]:
@@ -84,7 +64,7 @@ class OciIsolation(Isolation):
         if missing or offer.runtime is None or offer.conmon is None or offer.init is None:
             texts = [f"{finding.name}: {finding.detail} -> {finding.remedy}" for finding in missing]
             raise UnavailableError("the isolation plug-in oci cannot work here: " + "; ".join(texts))
-        self._was_subreaper = syscalls.set_child_subreaper(True)
+        self._begin_to_reap()
         calls = RuntimeCalls(offer.runtime, self._state_dir, self._children)
         execs = Execs(self.context.run_dir / "x", calls, self._children, self._pool)
         conmon = Conmon(offer.conmon, calls, self._children, self._settings.log_max_bytes)
@@ -92,13 +72,7 @@ class OciIsolation(Isolation):
             calls=calls,
             conmon=conmon,
             execs=execs,
-            shared=Shared(
-                children=self._children,
-                cgroups=self._cgroups,
-                inotify=self._inotify,
-                rootfs=self._rootfs,
-                pool=self._pool,
-            ),
+            shared=self._shared,
         )
         folders = Places(run=self.context.run_dir / "s", log=self.context.data_dir / "sandboxes", mount=self._mount_dir)
         cleaner = Cleaner(folders, self._state_dir, self._cgroups, offer.runtime)
@@ -122,14 +96,7 @@ class OciIsolation(Isolation):
         if self._started is not None:
             self._started.engine.calls.close()
             self._started = None
-            syscalls.set_child_subreaper(self._was_subreaper)
-        # No command is about to be watched any more, so no orphan needs time to settle.
-        self._children.reap_orphans(lambda _: True)
-        self._children.close()
-        self._inotify.close()
-        # Waits for what is under way: a thread in the middle of a mount must not be left behind.
-        await asyncio.get_running_loop().run_in_executor(None, self._pool.shutdown)
-        self._namespaces.close()
+        await self._close_shared()
         if not self._cgroups.owned():
             self._cgroups.remove_parent()
         with contextlib.suppress(OSError):
@@ -140,7 +107,7 @@ class OciIsolation(Isolation):
 
     async def create(self, spec: WorkloadSpec) -> Workload:
         started = self._ready()
-        places = started.cleaner.places(_checked_id(spec.sandbox_id))
+        places = started.cleaner.places(checked_id(spec.sandbox_id))
         host_id = settings.host_id(self._settings, spec.slot) if started.runtime.userns else None
         async with self._builds:
             try:
@@ -164,10 +131,10 @@ class OciIsolation(Isolation):
         places.mount.mkdir(mode=0o700)
         os.chown(places.mount, *owner)
         etc = inside.identity(spec.hostname, spec.extra_hosts)
-        self._rootfs.mount(self._images.layers(spec.image.handle), spec.volume, target, host_id, etc)
+        self._shared.rootfs.mount(self._images.layers(spec.image.handle), spec.volume, target, host_id, etc)
         root = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            livemounts.attach_all(self._rootfs, root, spec.mounts, host_id)
+            livemounts.attach_all(self._shared.rootfs, root, spec.mounts, host_id)
             os.close(inside.make_directory(root, spec.cwd or "/", owner))
         finally:
             os.close(root)
@@ -212,38 +179,16 @@ class OciIsolation(Isolation):
 
     async def adopt(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> Workload:
         started = self._ready()
-        try:
-            identity = msgspec.convert(dict(state), Identity)
-        except msgspec.ValidationError as error:
-            raise BackendError(f"the stored state of sandbox {spec.sandbox_id} cannot be read: {error}") from error
-        gone = SandboxGoneError(f"sandbox {spec.sandbox_id} has ended")
-        if identity.boot_id != pids.boot_id():
-            raise gone
-        descriptor = pids.open_verified(identity.pid, identity.start_ticks)
-        if descriptor is None:
-            raise gone
-        if pids.has_ended(descriptor):
-            os.close(descriptor)
-            raise gone
-        # Whoever paused it may have been killed since.
-        await self._in_pool(lambda: self._cgroups.thaw(spec.sandbox_id))
+        identity, descriptor = await self._find_again(spec, state, Identity)
+        await self._thaw(spec.sandbox_id)
         return OciWorkload(spec, identity, descriptor, started.cleaner.places(spec.sandbox_id), started.engine)
-
-    async def root_changes(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> RootChanges | None:
-        return root_changes(spec.volume, state.get("host_id"))
 
     async def destroy(self, sandbox_id: str, state: Mapping[str, Any] | None) -> None:
         cleaner = self._ready().cleaner
-        _checked_id(sandbox_id)
-        inside = partial(self._cgroups.contains, sandbox_id)
-        job = asyncio.ensure_future(self._in_pool(lambda: cleaner.destroy(sandbox_id)))
-        while not job.done():
-            await asyncio.wait({job}, timeout=_ORPHANS_SECONDS)
-            if not job.done():
-                # An unreaped orphan of ours inside holds up the end of its pid namespace.
-                self._children.reap_orphans(inside)
-        if await job:
-            self._children.reap_orphans(inside)
+        checked_id(sandbox_id)
+        removal = asyncio.ensure_future(self._in_pool(lambda: cleaner.destroy(sandbox_id)))
+        if await self._while_reaping(sandbox_id, removal):
+            self._children.reap_orphans(partial(self._cgroups.contains, sandbox_id))
         self._children.reap_orphans_later()
 
     async def list_owned(self) -> frozenset[str]:
@@ -271,24 +216,12 @@ class OciIsolation(Isolation):
     def _trial(self) -> Trial:
         init = find_program(self._settings.init) or ""
         first_id = self._settings.userns_base
-        return Trial(self._mount_dir, init, self._cgroups, self._rootfs, self._seccomp, first_id)
+        return Trial(self._mount_dir, init, self._cgroups, self._shared.rootfs, self._seccomp, first_id)
 
     def _ready(self) -> _Started:
         if self._started is None:
             raise UnavailableError("the isolation plug-in oci has not been started")
         return self._started
-
-    async def _in_pool(self, work: Callable[[], _T]) -> _T:
-        """Work in a thread cannot be cancelled: whoever cancels us waits for its end, so that nothing goes on behind
-        the back of the `destroy` that follows."""
-        job = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        try:
-            return await asyncio.shield(job)
-        except asyncio.CancelledError:
-            await asyncio.wait({job})
-            if not job.cancelled():
-                job.exception()
-            raise
 
 
 class _Started:
@@ -299,13 +232,3 @@ class _Started:
         self.cleaner = cleaner
         self.runtime = runtime
         self.init = init
-
-
-def _checked_id(sandbox_id: str) -> str:
-    if _SANDBOX_ID.fullmatch(sandbox_id) is None:
-        raise InvalidError(f"{sandbox_id!r} is no sandbox id")
-    return sandbox_id
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0))

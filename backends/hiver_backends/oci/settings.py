@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final, Literal
 
-import msgspec
 from msgspec import Struct
 
+from hiver_backends.linux.options import check_common, wrong
+from hiver_backends.linux.options import parse as read_options
 from hiverd.contracts.errors import InvalidError
 
 UsernsMode = Literal["auto", "required", "off"]
@@ -48,33 +47,12 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def parse(options: Mapping[str, Any]) -> Settings:
-    """Raises `InvalidError` naming the key, with the nearest known one for an unknown key."""
-    known = Settings.__struct_fields__
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise InvalidError(f"[oci] has no option {key!r}{hint}", field=f"oci.{key}")
-    try:
-        settings = msgspec.convert(dict(options), Settings)
-    except msgspec.ValidationError as error:
-        raise InvalidError(f"[oci]: {error}", field="oci") from error
-    _check_ranges(settings)
-    return settings
-
-
-def _check_ranges(settings: Settings) -> None:
+    """Raises `InvalidError` naming the key."""
+    settings = read_options("oci", options, Settings)
+    check_common("oci", settings)
     if not 65536 <= settings.userns_base <= LAST_HOST_ID - 65535:
-        raise InvalidError("[oci] userns_base must lie between 65536 and 0x7fff0000", field="oci.userns_base")
-    if settings.log_max_bytes < 65536:
-        raise InvalidError("[oci] log_max_bytes must be at least 65536", field="oci.log_max_bytes")
-    if settings.parallelism < 0:
-        raise InvalidError("[oci] parallelism must not be negative", field="oci.parallelism")
-    if settings.seccomp != "default" and not Path(settings.seccomp).is_absolute():
-        raise InvalidError("[oci] seccomp must be 'default' or an absolute path", field="oci.seccomp")
-    for root in settings.image_roots:
-        if not Path(root).is_absolute():
-            raise InvalidError(f"[oci] image_roots: {root!r} is not an absolute path", field="oci.image_roots")
+        raise wrong("oci", "userns_base", "must lie between 65536 and 0x7fff0000")
+    return settings
 
 
 def host_id(settings: Settings, slot: int) -> int:
