@@ -36,6 +36,7 @@ from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.removal import Removal
 from hiverd.sandboxes.snapshot_stores import SnapshotStores, open_store
 from hiverd.sandboxes.snapshotting import Snapshots
 from hiverd.sandboxes.specs import SpecBuilder, SpecDefaults
@@ -173,6 +174,18 @@ class Services:
         self.execs = Execs(
             self.journal, self.clock, ExecLimits(max_output_bytes=settings.exec.max_output_bytes, stdio=stdio)
         )
+        entrypoints = Entrypoints(self.journal, self.clock, stdio, self.tasks)
+        self.removal = Removal(
+            isolation=self.isolation,
+            volumes=self.volumes,
+            records=self.records,
+            entrypoints=entrypoints,
+            egress=self.egress,
+            file_events=self.file_events,
+            governed=self.governed,
+            snapshots=self.snapshots,
+            grace_seconds=settings.sandbox.stop_grace_seconds,
+        )
         self.manager = Manager(
             isolation=self.isolation,
             volumes=self.volumes,
@@ -187,7 +200,8 @@ class Services:
             file_events=self.file_events,
             governed=self.governed,
             snapshots=self.snapshots,
-            entrypoints=Entrypoints(self.journal, self.clock, stdio, self.tasks),
+            removal=self.removal,
+            entrypoints=entrypoints,
             clock=self.clock,
             tasks=self.tasks,
             reconcile=self.applier.reconcile,
@@ -195,7 +209,6 @@ class Services:
             missing=self.mounting.missing,
             limits=ManagerLimits(
                 max_sandboxes=settings.sandbox.max_sandboxes,
-                stop_grace_seconds=settings.sandbox.stop_grace_seconds,
                 create_timeout_seconds=settings.sandbox.create_timeout_seconds,
                 default_ttl_seconds=settings.sandbox.ttl_seconds,
             ),
@@ -203,7 +216,7 @@ class Services:
         self.files = FileAccess()
         self.sockets = ThreadSocketFactory()
         self.gateway = Gateway(self.sockets, refused_patience_seconds=settings.proxy.dial_hold_seconds)
-        self.manager.on_forget.append(self.gateway.forget)
+        self.removal.on_forget.append(self.gateway.forget)
         self.housekeeping = Housekeeping(
             manager=self.manager,
             isolation=self.isolation,

@@ -32,6 +32,7 @@ from hiverd.sandboxes.entrypoints import Entrypoints
 from hiverd.sandboxes.file_events import FileEvents
 from hiverd.sandboxes.governed import GovernedMounts
 from hiverd.sandboxes.lifecycle import LifecycleStream
+from hiverd.sandboxes.removal import Removal
 from hiverd.sandboxes.sandbox import Sandbox, event_filter
 from hiverd.sandboxes.snapshotting import HalfRestoredError, Snapshots
 from hiverd.sandboxes.specs import SpecBuilder
@@ -44,19 +45,11 @@ from hiverd.wire.events import SystemShutdownEvent, SystemStartEvent
 
 log = logging.getLogger(__name__)
 
-DESTROY_RETRY_SECONDS: Final = (0.1, 0.5, 2.0, 5.0, 15.0, 60.0)
-AWAY_RETRY_SECONDS: Final = 1.0
-"""An engine that is away comes back whole."""
 ADOPT_RETRY_SECONDS: Final = 5.0
-CUT_SECONDS: Final = 2.0
-"""After SIGKILL: how long a workload's processes may wait for remote files."""
-EVENTS_DRAIN_SECONDS: Final = 1.0
-"""How long the end of a sandbox waits for readers of its events."""
 
 
 class ManagerLimits(Struct, frozen=True):
     max_sandboxes: int
-    stop_grace_seconds: float
     create_timeout_seconds: float
     default_ttl_seconds: int
 
@@ -75,6 +68,7 @@ class Manager:
         file_events: FileEvents,
         governed: GovernedMounts,
         snapshots: Snapshots,
+        removal: Removal,
         clock: Clock,
         tasks: TaskGroup,
         reconcile: Callable[[Sandbox], Awaitable[None]],
@@ -95,17 +89,15 @@ class Manager:
         self._reconcile = reconcile
         self._revive = revive
         self._missing = missing
-        self._governed = governed
         self._snapshots = snapshots
         governed.on_lost = self._mount_lost
+        self._removal = removal
         self._limits = limits
         self._by_key: dict[str, Sandbox] = {}
         self._by_id: dict[str, Sandbox] = {}
         self._slots: set[int] = set()
         self._closing = False
         self.lifecycle = LifecycleStream()
-        self.on_forget: list[Callable[[str], None]] = []
-        """Called with a sandbox's id when its workload is being taken down: close what is held open to it."""
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +204,8 @@ class Manager:
             await self._snapshots.restore(sandbox)
         except HalfRestoredError as error:
             log.warning("create %s: made anew, as its snapshot was restored in part only: %s", sandbox.key, error)
-            await self._take_apart(sandbox)
+            await self._removal.take_apart(sandbox)
+            await self._volumes.release(sandbox.id)
             workload, spec = await self._make(sandbox)
         # Only now: the sandbox trusts its own authority, and nothing of this is recorded as what the agent does.
         await self._egress.open(sandbox, fresh=True)
@@ -232,15 +225,6 @@ class Manager:
         workload = await self._isolation.create(sandbox.spec)
         sandbox.set_workload(workload)
         return workload, sandbox.spec
-
-    async def _take_apart(self, sandbox: Sandbox) -> None:
-        """Undoes `_make`."""
-        state = sandbox.workload.state
-        await sandbox.workload.close()
-        sandbox.set_workload(None)
-        await self._isolation.destroy(sandbox.id, state)
-        await self._governed.release(sandbox.id)
-        await self._volumes.release(sandbox.id)
 
     def _record_of(self, sandbox: Sandbox) -> SandboxRecord:
         return SandboxRecord(
@@ -301,59 +285,12 @@ class Manager:
         sandbox.status = "stopping"
         if announce_stop:
             self._publish(sandbox, "stop")
-        attempt = 0
-        while True:
-            try:
-                await self._remove(sandbox)
-            except UnavailableError as error:
-                delay = AWAY_RETRY_SECONDS
-                log.warning("shutdown %s: %s; trying again in %s s", sandbox.key, error.message, delay)
-                sandbox.stuck_reason = error.message
-                sandbox.stuck.set()
-                await asyncio.sleep(delay)
-            except Exception:
-                delay = DESTROY_RETRY_SECONDS[min(attempt, len(DESTROY_RETRY_SECONDS) - 1)]
-                log.exception("shutdown %s: not done, trying again in %s s", sandbox.key, delay)
-                attempt += 1
-                await asyncio.sleep(delay)
-            else:
-                break
+        await self._removal.remove(sandbox)
         self._by_id.pop(sandbox.id, None)
         self._by_key.pop(sandbox.key, None)
         self._slots.discard(sandbox.slot)
         self._publish(sandbox, "destroy")
         sandbox.destroyed.set()
-
-    async def _remove(self, sandbox: Sandbox) -> None:
-        await self._records.set_stopping(sandbox.id)
-        for session in list(sandbox.execs.values()):
-            await session.kill()
-        for forget in self.on_forget:
-            forget(sandbox.id)
-        if sandbox.has_workload:
-            async with self._governed.cut_after(sandbox.id, self._limits.stop_grace_seconds + CUT_SECONDS):
-                await sandbox.workload.stop(self._limits.stop_grace_seconds)
-        await self._entrypoints.forget(sandbox)
-        if sandbox.has_lived:
-            # Nothing runs any more, and nothing has been removed yet. If this cannot be done, the removal waits.
-            await self._snapshots.at_end(sandbox)
-            await self._records.set_captured(sandbox.id)
-            sandbox.has_lived = False
-        self._snapshots.forget(sandbox.id)
-        state = None
-        if sandbox.has_workload:
-            state = sandbox.workload.state
-            await sandbox.workload.close()
-        await self._egress.release(sandbox.id)
-        await self._isolation.destroy(sandbox.id, state)
-        await self._governed.release(sandbox.id)
-        sandbox.set_workload(None)
-        await self._file_events.release(sandbox.id)
-        await self._volumes.release(sandbox.id)
-        await sandbox.events.flushed()
-        sandbox.events.close()
-        await sandbox.events.drained(EVENTS_DRAIN_SECONDS)
-        await self._records.delete(sandbox.id)
 
     def _publish(self, sandbox: Sandbox, change: LifecycleStatus) -> None:
         self.lifecycle.publish(LifecycleEvent(sandbox.id, sandbox.key, change))

@@ -27,6 +27,7 @@ from hiverd.sandboxes.housekeeping import Housekeeping
 from hiverd.sandboxes.manager import Manager, ManagerLimits
 from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.mounts import MountPlanner
+from hiverd.sandboxes.removal import Removal
 from hiverd.sandboxes.sandbox import Sandbox
 from hiverd.sandboxes.snapshot_stores import SnapshotStores, open_store
 from hiverd.sandboxes.snapshotting import Snapshots
@@ -119,6 +120,18 @@ class Core:
             ready=self.mounting.serve_ended,
         )
         self.execs = Execs(self.journal, self.clock, ExecLimits(max_output_bytes=1024, stdio=limits))
+        entrypoints = Entrypoints(self.journal, self.clock, limits, self.tasks)
+        removal = Removal(
+            isolation=isolation,
+            volumes=volumes,  # type: ignore[arg-type]
+            records=self.records,
+            entrypoints=entrypoints,
+            egress=self.egress,
+            file_events=file_events,
+            governed=self.governed,
+            snapshots=self.snapshots,
+            grace_seconds=0.1,
+        )
         self.manager = Manager(
             isolation=isolation,
             volumes=volumes,  # type: ignore[arg-type]
@@ -129,15 +142,14 @@ class Core:
             egress=self.egress,
             governed=self.governed,
             snapshots=self.snapshots,
-            entrypoints=Entrypoints(self.journal, self.clock, limits, self.tasks),
+            removal=removal,
+            entrypoints=entrypoints,
             clock=self.clock,
             tasks=self.tasks,
             reconcile=self.applier.reconcile,
             revive=self.applier.revive,
             missing=self.mounting.missing,
-            limits=ManagerLimits(
-                max_sandboxes=20, stop_grace_seconds=0.1, create_timeout_seconds=5, default_ttl_seconds=1800
-            ),
+            limits=ManagerLimits(max_sandboxes=20, create_timeout_seconds=5, default_ttl_seconds=1800),
         )
         self.housekeeping = Housekeeping(
             manager=self.manager,

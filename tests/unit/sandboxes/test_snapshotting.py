@@ -207,7 +207,7 @@ async def test_a_full_disk_is_waited_for(open_core, tmp_path, monkeypatch):
 
     spool_file = snapshotting.Snapshots._spool_file
     monkeypatch.setattr(snapshotting.Snapshots, "_spool_file", no_room)
-    monkeypatch.setattr("hiverd.sandboxes.manager.AWAY_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("hiverd.sandboxes.removal.AWAY_RETRY_SECONDS", 0.01)
     async with open_core() as core:
         sandbox = await filled(core, "box", "precious")
         ending = asyncio.create_task(core.manager.shutdown(sandbox))
@@ -223,7 +223,7 @@ async def test_a_capture_that_cannot_be_made_is_given_up_and_told(open_core, mon
     async def nothing(spec: Any, state: Any) -> None:
         return None
 
-    monkeypatch.setattr("hiverd.sandboxes.manager.DESTROY_RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr("hiverd.sandboxes.removal.DESTROY_RETRY_SECONDS", (0.01,))
     async with open_core() as core:
         sandbox = await filled(core, "box", "precious")
         core.isolation.root_changes = nothing
