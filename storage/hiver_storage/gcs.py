@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 from urllib.parse import quote, urlencode
 
 import aiohttp
-import gcsfs
+from gcsfs.core import GCSFileSystem
 from yarl import URL
 
 from hiverd.contracts.filesystem import ABSENT
@@ -69,7 +69,8 @@ class GcsStore(Store):
 
     async def open(self) -> None:
         quieten("gcsfs", "google", "requests", "urllib3", "fsspec")
-        self._files = gcsfs.GCSFileSystem(
+        # Not what gcsfs has registered: that asks by gRPC, past STORAGE_EMULATOR_HOST, which kind of bucket it is.
+        self._files = GCSFileSystem(
             token="anon",  # noqa: S106 -- not a password: our tokens are added to each request
             asynchronous=True,
             skip_instance_cache=True,
