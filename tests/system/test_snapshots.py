@@ -217,7 +217,13 @@ async def freezer_of(box: Box) -> Callable[[str], None]:
     """Of the control group in which a command of the sandbox finds itself, as the host sees it."""
     seconds = str(random.randrange(10**8, 10**9))
     await box.out(f"exec > /dev/null 2>&1; sleep {seconds} &")
-    (pid,) = subprocess.check_output(["pgrep", "-f", f"^sleep {seconds}$"], text=True).split()
+
+    def found_pid() -> str:
+        return subprocess.run(
+            ["pgrep", "-f", f"^sleep {seconds}$"], capture_output=True, check=False, text=True
+        ).stdout.strip()
+
+    pid = until(found_pid, seconds=20, what="the command runs")  # the shell may not have started it yet
     places = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
     candidates = [
         *(Path(f"/sys/fs/cgroup/freezer{path}/freezer.state") for _, names, path in places if names == "freezer"),
