@@ -133,7 +133,8 @@ def _finding(loss: Loss, accepted: frozenset[str]) -> Finding:
         return Finding(loss.name, ok=False, detail=detail, remedy=loss.remedy)
     missing = [name for name in loss.guarantees if name not in accepted]
     if not missing:
-        return Finding(loss.name, ok=False, detail=f"{detail}; accepted by [docker] accept", required=False)
+        detail = f"{detail}; accepted by [docker] accept"
+        return Finding(loss.name, ok=False, detail=detail, required=False, remedy=loss.remedy)
     names = ", ".join(f'"{name}"' for name in loss.guarantees)
     remedy = f"{loss.remedy}; or go without, by accept = [{names}] below [docker]"
     return Finding(loss.name, ok=False, detail=detail, remedy=remedy)
@@ -142,7 +143,8 @@ def _finding(loss: Loss, accepted: frozenset[str]) -> Finding:
 def _title(info: Mapping[str, Any], version: Mapping[str, Any]) -> str:
     """`Docker Engine 20.10.24 (API 1.41), overlay2, cgroups v1 by cgroupfs`, as far as the documents say so."""
     groups = f"cgroups v{info.get('CgroupVersion', '?')} by {info.get('CgroupDriver', '?')}"
-    engine = f"{_engine_name(version)} {version.get('Version', '?')} (API {version.get('ApiVersion', '?')})"
+    name = "Podman" if is_podman(version) else "Docker Engine"
+    engine = f"{name} {version.get('Version', '?')} (API {version.get('ApiVersion', '?')})"
     return f"{engine}, {info.get('Driver', '?')}, {groups}"
 
 
@@ -220,16 +222,14 @@ def _rootless(info: Mapping[str, Any]) -> Loss | None:
     )
 
 
-def _engine_name(version: Mapping[str, Any]) -> str:
-    """`Podman Engine` for Podman's service; Docker calls its component `Engine`."""
+def is_podman(version: Mapping[str, Any]) -> bool:
+    """By the component `Podman Engine` of its service; Docker's is called `Engine`."""
     names = [str(component.get("Name", "")) for component in version.get("Components") or ()]
-    if any("podman" in name.lower() for name in names):
-        return "Podman"
-    return "Docker Engine"
+    return any("podman" in name.lower() for name in names)
 
 
 def _engine(version: Mapping[str, Any]) -> Loss | None:
-    if _engine_name(version) != "Podman":
+    if not is_podman(version):
         return None
     return Loss(
         "kind of engine",
@@ -252,6 +252,11 @@ def _limits(info: Mapping[str, Any]) -> Loss | None:
         "cgroups v2, or the controllers memory, cpu and pids mounted, make them possible",
         ("limits",),
     )
+
+
+def has_seccomp(info: Mapping[str, Any]) -> bool:
+    """Whether containers can have a system call filter at all. An Engine without refuses those that are to."""
+    return "seccomp" in _options(info)
 
 
 def _seccomp(info: Mapping[str, Any]) -> Loss | None:

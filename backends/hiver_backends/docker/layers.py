@@ -22,7 +22,7 @@ def of(prepared: Prepared, container: Mapping[str, Any], found: Below) -> tuple[
     folders = [] if prepared.inner else overlay_folders(container)
     if not folders:
         # The Engine's own mount of the image, whatever makes it: one overlay over another is what kernels allow.
-        merged = root_folder(found, str(container["Id"]))
+        merged = root_folder(found)
         folders = [merged / prepared.inner]
         if merged.is_symlink() or not _is_inside(merged, prepared.inner):
             raise BackendError("the image's files cannot be found on this host")

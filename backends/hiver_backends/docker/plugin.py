@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from hiverd.contracts.isolation import (
     WorkloadSpec,
 )
 
-from . import documents, settings, takeover, trial
+from . import documents, guarantees, podman, settings, takeover, trial
 from .engine import EngineApi
 from .groups import ContainerCgroups
 from .images import Images, Prepared
@@ -85,7 +86,7 @@ class DockerIsolation(LinuxIsolation):
             self._started = _Started(offer, programs)
             await self._in_pool(lambda: self._prepare_folders(programs, init))
             await self._sweep_passing()
-            await trial.run(self, self.context.data_dir / "trial")
+            await trial.run(self, self.context.data_dir / "trial", seccomp=self._started.seccomp)
         except BaseException:
             await self.close()
             raise
@@ -97,6 +98,7 @@ class DockerIsolation(LinuxIsolation):
         programs.prepare()
         self._images.prepare()
         _copy_program(Path(init), self._init)
+        self._seccomp_file.write_text(json.dumps(self._seccomp))
 
     async def close(self) -> None:
         await self._engine.close()
@@ -131,11 +133,13 @@ class DockerIsolation(LinuxIsolation):
             image=prepared.engine_id,
             init=str(self._init),
             runtime=self._settings.runtime,
-            seccomp=self._seccomp,
+            seccomp=self._seccomp if started.seccomp else None,
             swap_limit=bool(started.offer.info.get("SwapLimit")),
             ipv6=started.ipv6,
         )
         config = documents.container(spec, layout)
+        if started.offer.podman:
+            config = podman.container(config, self._seccomp_file)
         # A request that is given up goes on in the Engine: what it makes must not come after its own removal.
         try:
             container_id = await finished(self._engine.create(name, config))
@@ -152,13 +156,14 @@ class DockerIsolation(LinuxIsolation):
     ) -> DockerWorkload:
         """Gives the container its root file system, with the mounts in it."""
         started = self._ready()
-        identity, descriptor = takeover.identify(container)
+        found = takeover.identify(container)
+        identity = found.identity
         try:
             self._cgroups.register(spec.sandbox_id, identity.pid)
-            takeover.give_root(self._shared.rootfs, spec, prepared, container, identity, places)
-            return DockerWorkload(spec, identity, descriptor, places, started.programs.of(identity))
+            takeover.give_root(self._shared.rootfs, spec, prepared, container, found, places)
+            return DockerWorkload(spec, identity, found.descriptor, places, started.programs.of(identity))
         except BaseException:
-            os.close(descriptor)
+            os.close(found.descriptor)
             raise
 
     async def adopt(self, spec: WorkloadSpec, state: Mapping[str, Any]) -> Workload:
@@ -210,6 +215,11 @@ class DockerIsolation(LinuxIsolation):
         has the same path for both."""
         return self.context.data_dir / "init"
 
+    @property
+    def _seccomp_file(self) -> Path:
+        """The system call filter, for an Engine that reads it itself."""
+        return self.context.data_dir / "seccomp.json"
+
     def _ready(self) -> _Started:
         if self._started is None:
             raise UnavailableError("the isolation plug-in docker has not been started")
@@ -222,6 +232,7 @@ class _Started:
     def __init__(self, offer: Offer, programs: Programs) -> None:
         self.offer = offer
         self.programs = programs
+        self.seccomp = guarantees.has_seccomp(offer.info)
         self.ipv6 = Path("/proc/sys/net/ipv6").is_dir()
 
 

@@ -36,6 +36,8 @@ class Offer(Struct, frozen=True, kw_only=True):
     conmon: ConmonProgram | None
     init: str | None
     info: dict[str, Any]
+    podman: bool
+    """Whether it is Podman that speaks Docker's API here."""
     findings: list[Finding]
 
 
@@ -46,6 +48,7 @@ async def look(settings: Settings, engine: EngineApi, run_dir: Path, in_pool: In
     findings.append(program_finding("conmon", settings.conmon, conmon.path if conmon else None, "conmon"))
     findings.append(program_finding("init", settings.init, init, "catatonit"))
     info: dict[str, Any] = {}
+    podman = False
     kind = endpoint_kind(engine.endpoint)
     if kind != "unix":
         findings += guarantees.findings({}, {"ApiVersion": "1.41"}, kind, local_root=False)[:1]
@@ -58,7 +61,8 @@ async def look(settings: Settings, engine: EngineApi, run_dir: Path, in_pool: In
         else:
             pid = await in_pool(lambda: peer_pid(engine.endpoint))
             findings += judged(settings, info, version, pid)
-    return Offer(conmon=conmon, init=init, info=info, findings=findings)
+            podman = guarantees.is_podman(version)
+    return Offer(conmon=conmon, init=init, info=info, podman=podman, findings=findings)
 
 
 def judged(settings: Settings, info: dict[str, Any], version: dict[str, Any], engine_pid: int) -> list[Finding]:

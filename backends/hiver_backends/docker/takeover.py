@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from hiver_backends.linux import inside, livemounts, pids
 from hiver_backends.linux.rootfs import RootFs, unmount_below
@@ -15,14 +15,23 @@ from hiverd.contracts.errors import BackendError
 from hiverd.contracts.isolation import WorkloadSpec
 
 from . import below, layers, rootswap
+from .below import Below
 from .images import Prepared
 from .places import Places
 from .workload import Identity
 
 
-def identify(container: Mapping[str, Any]) -> tuple[Identity, int]:
-    """By the Engine's description of a running container: who it is, and a pidfd of its process 1, for the caller to
-    close. Raises `BackendError` if it has ended."""
+class Found(NamedTuple):
+    """A running container."""
+
+    identity: Identity
+    below: Below
+    descriptor: int
+    """A pidfd of process 1, for the caller to close."""
+
+
+def identify(container: Mapping[str, Any]) -> Found:
+    """By the Engine's description of a running container. Raises `BackendError` if it has ended."""
     pid = int(container["State"]["Pid"])
     try:
         descriptor = os.pidfd_open(pid)
@@ -51,7 +60,7 @@ def identify(container: Mapping[str, Any]) -> tuple[Identity, int]:
         apparmor=str(container.get("AppArmorProfile") or ""),
         selinux=str(container.get("ProcessLabel") or ""),
     )
-    return identity, descriptor
+    return Found(identity, found, descriptor)
 
 
 def give_root(
@@ -59,12 +68,12 @@ def give_root(
     spec: WorkloadSpec,
     prepared: Prepared,
     container: Mapping[str, Any],
-    identity: Identity,
+    found: Found,
     places: Places,
 ) -> None:
     """Builds the sandbox's root file system with its mounts, and moves it into the container."""
-    found = below.Below(program=identity.runtime, state_dir=identity.state_dir)
-    folders = layers.of(prepared, container, found)
+    identity = found.identity
+    folders = layers.of(prepared, container, found.below)
     owner = identity.host_id or 0
     os.chown(places.mount, owner, owner)
     etc = inside.identity(spec.hostname, spec.extra_hosts)

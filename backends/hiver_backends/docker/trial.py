@@ -12,14 +12,16 @@ from hiver_backends.linux import bundle
 from hiverd.contracts.errors import HiverError, UnavailableError
 from hiverd.contracts.isolation import ExecSpec, Isolation, Workload, WorkloadSpec
 
+from . import confinement
 from .documents import PASSING_PREFIX
 
 _MEMORY_BYTES: Final = 64 << 20
 _LEAK_CANDIDATES: Final = range(3, 12)
 
 
-async def run(isolation: Isolation, folder: Path) -> None:
-    """`folder` is for the trial's volume. Raises `UnavailableError` saying what does not work."""
+async def run(isolation: Isolation, folder: Path, *, seccomp: bool) -> None:
+    """`folder` is for the trial's volume; `seccomp`: the Engine filters system calls. Raises `UnavailableError` saying
+    what does not work."""
     image = await isolation.resolve_image("host", lambda _: None)
     sandbox_id = f"{PASSING_PREFIX}{secrets.token_hex(4)}"
     volume = folder / sandbox_id
@@ -33,6 +35,7 @@ async def run(isolation: Isolation, folder: Path) -> None:
         try:
             await workload.begin()
             await _check(workload)
+            await _check_confinement(int(workload.state["pid"]), seccomp=seccomp)
         finally:
             await workload.close()
     except HiverError as error:
@@ -53,6 +56,15 @@ async def _check(workload: Workload) -> None:
             "the runtime below Docker lets a sandbox's working directory be a folder of the host (CVE-2024-21626):"
             " upgrade it (apt-get install --only-upgrade runc containerd.io)"
         )
+
+
+async def _check_confinement(pid: int, *, seccomp: bool) -> None:
+    try:
+        missing = await asyncio.to_thread(lambda: confinement.missing(pid, seccomp=seccomp))
+    except OSError as error:
+        raise UnavailableError(f"the trial sandbox has ended: {error}") from error
+    if missing:
+        raise UnavailableError(f"the engine does not confine a container as it is asked to: {', '.join(missing)}")
 
 
 async def _execute(workload: Workload, cwd: str) -> int:
