@@ -8,64 +8,46 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import http.client
-import io
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, Final
-from urllib.parse import urlencode
+from typing import Final
 
-from support.docker_leftovers import kill_all, processes_naming, remove_cgroups, unmount_below
+from support.docker_api import (
+    IMAGE,
+    PATH,
+    START_SECONDS,
+    STOP_SECONDS,
+    EngineFailed,
+    OwnEngine,
+    busybox,
+    storage_driver,
+    traces_in,
+)
+from support.docker_leftovers import processes_naming
 from support.server import REPOSITORY
 from support.waiting import until
 
-START_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 30.0
-LOG_TAIL_BYTES: Final = 1500
-API: Final = "v1.41"
-IMAGE: Final = "hiver-test/busybox:latest"
-"""A static busybox as /bin/sh and the usual programs; made where it is needed, from this host's own."""
-_PATH: Final = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+__all__ = ["IMAGE", "Engine", "EngineFailed", "SharedEngine", "traces_in"]
+
+_MAPPED: Final = ("nobody", "nogroup", 2_200_000, 65_536)
+"""User and group of the system that lend their names for a range of ids, first id, and how many."""
 
 
-class EngineFailed(Exception):  # noqa: N818 -- the name says what happened
-    """The Engine did not start, or refuses containers here; the message has the reason."""
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = str(path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-class Engine:
+class Engine(OwnEngine):
     """A dockerd with its containerd. `start` returns when a container has run, `stop` when nothing is left."""
 
-    def __init__(self, name: str, *, live_restore: bool = False) -> None:
-        """`name` tells it from others on this host: `[a-z0-9-]`, short enough for UNIX sockets."""
-        self.name = f"hiver-docker-{name}"
-        self.run_dir = Path("/run", self.name)
-        self.data_dir = Path("/var/tmp", self.name)
-        self.socket = self.run_dir / "docker.sock"
+    def __init__(self, name: str, *, live_restore: bool = False, userns_remap: bool = False, tcp_port: int = 0) -> None:
+        """`name` tells it from others on this host: `[a-z0-9-]`, short enough for UNIX sockets. `userns_remap`: root of
+        its containers is another user of the host. `tcp_port`: it listens on 127.0.0.1 as well."""
+        super().__init__(f"hiver-docker-{name}")
         self.live_restore = live_restore
-
-    @property
-    def host(self) -> str:
-        """For `DOCKER_HOST`."""
-        return f"unix://{self.socket}"
+        self.userns_remap = userns_remap
+        self.tcp_port = tcp_port
 
     # Life ---------------------------------------------------------------------------------------------------------
 
@@ -73,19 +55,21 @@ class Engine:
         """Removes what a crash left, then starts. `EngineFailed` with the reason where it cannot run."""
         if os.geteuid() != 0:
             raise EngineFailed("dockerd needs root")
-        dockerd, containerd = (shutil.which(program, path=_PATH) for program in ("dockerd", "containerd"))
+        dockerd, containerd = (shutil.which(program, path=PATH) for program in ("dockerd", "containerd"))
         if not dockerd or not containerd:
             raise EngineFailed("dockerd is not installed: build/setup.sh --tests")
         self.clean()
-        self.run_dir.mkdir(mode=0o700)
+        self.run_dir.mkdir(mode=0o711 if self.userns_remap else 0o700)
         self.data_dir.mkdir(mode=0o711)
         try:
             self._configure()
-            self._spawn(containerd, "--config", str(self.run_dir / "containerd.toml"))
+            if self.userns_remap:
+                self._lend_ids()
+            self.spawn(containerd, "--config", str(self.run_dir / "containerd.toml"))
             until((self.run_dir / "containerd.sock").exists, seconds=START_SECONDS, what="containerd listens")
             self.start_dockerd()
-            self.import_image(IMAGE, _busybox())
-            self._try_container()
+            self.import_image(IMAGE, busybox())
+            self.try_container()
         except (EngineFailed, TimeoutError, OSError) as error:
             reason = str(error) if isinstance(error, EngineFailed) else f"{error}\n{self.log_tail()}".strip()
             self.clean()
@@ -93,9 +77,9 @@ class Engine:
 
     def start_dockerd(self) -> None:
         """dockerd alone, as after `stop_dockerd`; returns when it answers."""
-        program = shutil.which("dockerd", path=_PATH) or ""
+        program = shutil.which("dockerd", path=PATH) or ""
         (self.run_dir / "docker.pid").unlink(missing_ok=True)  # one that was killed left it, and may be a zombie still
-        self._spawn(program, "--config-file", str(self.run_dir / "daemon.json"))
+        self.spawn(*self._seeing_ids(), program, "--config-file", str(self.run_dir / "daemon.json"))
 
         def up() -> bool:
             if not self.dockerd_pids():
@@ -124,20 +108,28 @@ class Engine:
     def stop(self) -> None:
         """Removes all containers, ends everything, removes the folders."""
         self.thaw()
-        with suppress(OSError, http.client.HTTPException, EngineFailed):
-            for container in self.containers():
-                self.call("DELETE", f"/containers/{container['Id']}?force=true&v=true")
+        self.remove_containers()
         with suppress(TimeoutError):
             self.stop_dockerd()
         self.clean()
 
-    def clean(self) -> None:
-        """Kills and removes everything that bears this Engine's name, however it got there."""
-        kill_all(f"{self.run_dir}/", seconds=STOP_SECONDS)
+    def _lend_ids(self) -> None:
+        """dockerd reads ranges of ids from the system's files alone. So it gets a view of its own of /etc, in which the
+        rest of the host stays as it is: mounts below our folders are everybody's."""
+        user, _, first, count = _MAPPED
+        for name in ("subuid", "subgid"):
+            (self.run_dir / name).write_text(f"{user}:{first}:{count}\n")
         for folder in (self.run_dir, self.data_dir):
-            unmount_below(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-        remove_cgroups(self.name)
+            subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+            subprocess.run(["mount", "--make-shared", str(folder)], check=True)
+        script = "mount --make-private / && for f in subuid subgid; do"
+        script += f' mount --bind {self.run_dir}/$f /etc/$f || exit; done; exec "$@"'
+        (self.run_dir / "view.sh").write_text(f"{script}\n")
+
+    def _seeing_ids(self) -> tuple[str, ...]:
+        if not self.userns_remap:
+            return ()
+        return ("unshare", "--mount", "--propagation", "unchanged", "sh", str(self.run_dir / "view.sh"))
 
     def dockerd_pids(self) -> list[int]:
         return processes_naming(str(self.run_dir / "daemon.json"))
@@ -147,9 +139,9 @@ class Engine:
             "data-root": str(self.data_dir / "data"),
             "exec-root": str(self.run_dir / "exec"),
             "pidfile": str(self.run_dir / "docker.pid"),
-            "hosts": [self.host],
+            "hosts": [self.host, *([f"tcp://127.0.0.1:{self.tcp_port}"] if self.tcp_port else [])],
             "containerd": str(self.run_dir / "containerd.sock"),
-            "storage-driver": _storage_driver(self.data_dir),
+            "storage-driver": storage_driver(self.data_dir),
             "exec-opts": ["native.cgroupdriver=cgroupfs"],
             "cgroup-parent": f"/{self.name}",
             "live-restore": self.live_restore,
@@ -161,73 +153,14 @@ class Engine:
             "ip-forward": False,
             "userland-proxy": False,
         }
+        if self.userns_remap:
+            daemon["userns-remap"] = ":".join(_MAPPED[:2])
         (self.run_dir / "daemon.json").write_text(json.dumps(daemon))
         containerd = {"root": self.data_dir / "containerd", "state": self.run_dir / "containerd"}
         lines = ["version = 2", *(f'{key} = "{value}"' for key, value in containerd.items())]
         lines += ['disabled_plugins = ["io.containerd.grpc.v1.cri"]']
         lines += ["[grpc]", f'address = "{self.run_dir}/containerd.sock"']
         (self.run_dir / "containerd.toml").write_text("\n".join(lines) + "\n")
-
-    def _spawn(self, *argv: str) -> None:
-        """In a session of its own: it may outlive the process that started it."""
-        with (self.run_dir / "log").open("ab") as log:
-            argv = ("setsid", "--fork", *argv)
-            environment = {"PATH": _PATH}
-            subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-
-    def log_tail(self) -> str:
-        with suppress(OSError):
-            return (self.run_dir / "log").read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-        return ""
-
-    # API ----------------------------------------------------------------------------------------------------------
-
-    def call(self, method: str, path: str, body: Any = None, *, seconds: float = 30.0) -> Any:
-        """The decoded answer, None if it is empty; bytes are sent as a tar archive. `EngineFailed` for a refusal."""
-        connection = _UnixConnection(self.socket, seconds)
-        try:
-            raw = isinstance(body, bytes)
-            content = body if raw else json.dumps(body).encode() if body is not None else None
-            kind = "application/x-tar" if raw else "application/json"
-            connection.request(method, f"/{API}{path}", content, {"Content-Type": kind})
-            answer = connection.getresponse()
-            text = answer.read()
-        finally:
-            connection.close()
-        if answer.status >= 400:
-            raise EngineFailed(f"{method} {path}: {answer.status} {text.decode(errors='replace').strip()}")
-        return json.loads(text.splitlines()[-1]) if text.strip().startswith((b"{", b"[")) else text or None
-
-    def answers(self) -> bool:
-        try:
-            return bool(self.call("GET", "/_ping", seconds=2) == b"OK")
-        except (OSError, http.client.HTTPException, EngineFailed):
-            return False
-
-    def containers(self) -> list[dict[str, Any]]:
-        """All, running or not, as `GET /containers/json` has them."""
-        found: list[dict[str, Any]] = self.call("GET", "/containers/json?all=true")
-        return found
-
-    def import_image(self, reference: str, archive: bytes) -> None:
-        """A root file system as an image."""
-        name, _, tag = reference.rpartition(":")
-        self.call("POST", f"/images/create?{urlencode({'fromSrc': '-', 'repo': name, 'tag': tag})}", archive)
-
-    def run_detached(self, image: str, *argv: str) -> str:
-        """A running container's id."""
-        config = {"Image": image, "Cmd": list(argv), "HostConfig": {"NetworkMode": "none"}}
-        container = str(self.call("POST", "/containers/create", config)["Id"])
-        self.call("POST", f"/containers/{container}/start")
-        return container
-
-    def _try_container(self) -> None:
-        """An Engine may start where its containers cannot: nested, without control groups, and the like."""
-        container = self.run_detached(IMAGE, "/bin/true")
-        code = self.call("POST", f"/containers/{container}/wait")["StatusCode"]
-        self.call("DELETE", f"/containers/{container}?force=true")
-        if code != 0:
-            raise EngineFailed(f"a container that was to run `true` ended with {code}")
 
 
 class SharedEngine:
@@ -272,52 +205,3 @@ class SharedEngine:
         with (self._folder / "docker.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-def _storage_driver(folder: Path) -> str:
-    """overlay2 where this disk can be below and above an overlay; else vfs, which copies and always works."""
-    parts = [folder / f"probe-{name}" for name in ("lower", "upper", "work", "merged")]
-    for part in parts:
-        part.mkdir()
-    lower, upper, work, merged = parts
-    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
-    done = subprocess.run(
-        ["mount", "-t", "overlay", "-o", options, "overlay", str(merged)], check=False, capture_output=True
-    )
-    if done.returncode == 0:
-        subprocess.run(["umount", str(merged)], check=True)
-    for part in parts:
-        shutil.rmtree(part)
-    return "overlay2" if done.returncode == 0 else "vfs"
-
-
-def _busybox() -> bytes:
-    """A tar archive of a root that holds a static busybox under all its names."""
-    program = shutil.which("busybox", path=_PATH)
-    if program is None:
-        raise EngineFailed("busybox-static is not installed: build/setup.sh --tests")
-    names = subprocess.run([program, "--list"], check=True, capture_output=True, text=True).stdout.split()
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for folder in ("bin", "etc", "tmp", "root", "proc", "sys", "dev"):
-            entry = tarfile.TarInfo(folder)
-            entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
-            archive.addfile(entry)
-        archive.add(Path(program).resolve(), "bin/busybox")
-        for name in names:
-            if name != "busybox":
-                link = tarfile.TarInfo(f"bin/{name}")
-                link.type, link.linkname = tarfile.SYMTYPE, "busybox"
-                archive.addfile(link)
-    return buffer.getvalue()
-
-
-def traces_in(engine: Engine, marks: Iterable[str]) -> Iterator[str]:
-    """Containers and volumes of the Engine that bear a mark, one line each."""
-    wanted = tuple(marks)
-    for container in engine.containers():
-        if any(mark in json.dumps(container) for mark in wanted):
-            yield f"container {container['Id'][:12]} {container['Names']}: {container['Status']}"
-    for volume in engine.call("GET", "/volumes").get("Volumes") or ():
-        if any(mark in json.dumps(volume) for mark in wanted):
-            yield f"volume {volume['Name']}"

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from support.docker import Engine, traces_in
+from support.docker_api import OwnEngine, traces_in
 from support.waiting import until
 
 _CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 
-engines: Final[list[Engine]] = []
+engines: Final[list[OwnEngine]] = []
 """Docker Engines that are looked at as well."""
 
 
