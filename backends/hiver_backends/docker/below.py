@@ -23,6 +23,7 @@ from hiverd.contracts.errors import BackendError
 
 _DEFAULT_ROOT: Final = "/run/containerd/runc"
 _CONMON: Final = "conmon"
+_ELSEWHERE: Final = "is the engine on another host, or the server in a container?"
 
 
 class Below(Struct, frozen=True, kw_only=True):
@@ -47,12 +48,11 @@ def find(pid: int, container_id: str) -> Below:
     try:
         found = _of_conmon(process, container_id) if parent.name == _CONMON else _of_shim(process, container_id)
     except (OSError, ValueError, KeyError) as error:
-        raise BackendError(f"the runtime below Docker cannot be found: {error}") from error
+        raise BackendError(f"the runtime below Docker cannot be found: {error}; {_ELSEWHERE}") from error
     program = find_program(found.program)
     if program is None or not (Path(found.state_dir) / container_id).is_dir():
         raise BackendError(
-            f"the runtime below Docker cannot be used: {found.program} with {found.state_dir};"
-            " is the server in another container?"
+            f"the runtime below Docker cannot be used: {found.program} with {found.state_dir}; {_ELSEWHERE}"
         )
     return Below(program=program, state_dir=found.state_dir, bundle=found.bundle)
 

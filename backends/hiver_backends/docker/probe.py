@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from msgspec import Struct
 
@@ -76,9 +76,9 @@ def judged(settings: Settings, info: dict[str, Any], version: dict[str, Any], en
 def endpoint_kind(endpoint: str) -> guarantees.EndpointKind:
     """By the address's scheme."""
     scheme = endpoint.partition("://")[0]
-    if scheme == "unix":
-        return "unix"
-    return "ssh" if scheme == "ssh" else "tcp"
+    if scheme in {"unix", "ssh", "npipe"}:
+        return cast("guarantees.EndpointKind", scheme)
+    return "tcp"
 
 
 def peer_pid(endpoint: str) -> int:
