@@ -29,6 +29,10 @@ RESOLVER_ADDRESS: Final = "11.0.0.1"
 GATE_ADDRESS: Final = "11.0.0.3"
 """Inside a workload's network namespace, the core's own listeners have this address: they are no ports of its own."""
 
+HOST_GATEWAY_ADDRESS: Final = "11.0.0.4"
+"""Inside a workload, what `host-gateway` in `extra_hosts` means. Only the egress proxy knows it: none of the workload's
+own, or connections would stay inside."""
+
 
 class Finding(Struct, frozen=True):
     """One result of a probe, as shown by `hiver doctor` and in start-up errors."""

@@ -11,6 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from hiverd.contracts.isolation import RESOLVER_ADDRESS
 from hiverd.egress.authority import ServerContexts
 from hiverd.egress.budget import Budget
 from hiverd.egress.dialer import Dialer, DialError
@@ -47,6 +48,8 @@ class Rules(Struct, frozen=True, kw_only=True):
     deny_wait_seconds: float = 0.0
     hosts: Mapping[str, str] = {}
     """Names with addresses of their own (`extra_hosts`), canonical."""
+    names: Mapping[str, str] = {}
+    """What an address inside stands for: the name to be judged where bytes name none."""
 
 
 class Outlet:
@@ -75,6 +78,10 @@ class Outlet:
     @property
     def mitm(self) -> bool:
         return self._rules.mitm
+
+    def name_of(self, address: str) -> str | None:
+        """What the sandbox must have meant by connecting there; every name that it asked for has the same address."""
+        return self.names.take_single() if address == RESOLVER_ADDRESS else self._rules.names.get(address)
 
     def change(self, rules: Rules) -> None:
         """Puts other rules in force: for every request from now on, and at once for tunnels that are open."""

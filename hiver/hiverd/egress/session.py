@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from hiverd.contracts.isolation import RESOLVER_ADDRESS
 from hiverd.egress.agent import AgentGoneError
 from hiverd.egress.agent_http1 import Http1Agent
 from hiverd.egress.agent_http2 import Http2AgentConnection
@@ -244,10 +243,9 @@ class Session:
         return True
 
     def _opaque_host(self) -> str:
-        """The address, or the one name that was just resolved."""
+        """The address, or the one name that it stands for."""
         if self._host is None:
-            name = self._outlet.names.take_single() if self._address == RESOLVER_ADDRESS else None
-            self._host = name or self._address
+            self._host = self._outlet.name_of(self._address) or self._address
         return self._host
 
     async def _relay_opaque(self, host: str, stream: Stream) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Final, Literal
 
+from hiverd.contracts.isolation import HOST_GATEWAY_ADDRESS
 from hiverd.egress import gate
 from hiverd.egress.authority import Authority, ServerContexts
 from hiverd.egress.dialer import Dialer
@@ -95,16 +96,23 @@ class EgressGates:
 
     def _rules(self, config: SandboxConfig) -> Rules:
         hosts: dict[str, str] = {}
-        for name, address in effective_extra_hosts(config):
+        of_this_host: set[str] = set()
+        for given, address in effective_extra_hosts(config):
             try:
-                hosts[canonical_host(name)] = HOST_GATEWAY if address == "host-gateway" else address.strip("[]")
+                name = canonical_host(given)
             except HostError:
-                log.warning("extra_hosts: %r is no host name", name)
+                log.warning("extra_hosts: %r is no host name", given)
+                continue
+            hosts[name] = HOST_GATEWAY if address == "host-gateway" else address.strip("[]")
+            if address == "host-gateway":
+                of_this_host.add(name)
         return Rules(
             rules=effective_egress(config, self._default),
             mitm=config.mitm is not False,
             deny_wait_seconds=float(config.egress_deny_wait or 0),
             hosts=hosts,
+            # With several names it could not be told which one a rule has to allow.
+            names={HOST_GATEWAY_ADDRESS: of_this_host.pop()} if len(of_this_host) == 1 else {},
         )
 
 

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from hiverd.contracts.isolation import Image, WorkloadSpec
+from hiverd.contracts.isolation import HOST_GATEWAY_ADDRESS, Image, WorkloadSpec
 from hiverd.sandboxes import trust
 from hiverd.sandboxes.mounting import Mounting
 from hiverd.sandboxes.sandbox import Sandbox
@@ -22,9 +22,6 @@ from hiverd.wire.config import (
     effective_memory_bytes,
 )
 
-HOST_GATEWAY_ADDRESS: Final = "11.0.0.2"
-"""What `host-gateway` in `extra_hosts` becomes inside: an address that only the egress proxy knows (PROTOCOL 5.7 gives
-every other name 11.0.0.1)."""
 HOSTNAME_MAX: Final = 63
 GATEWAY_VARIABLE: Final = "HIVER_GATEWAY_URL"
 """Where the client in a sandbox looks for the server."""

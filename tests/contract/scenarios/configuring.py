@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from contract.scenarios.context import Context
 from contract.scenarios.registry import scenario
 
+SINCE_EXTRA_HOSTS = (0, 1, 16)
 SINCE_FRACTIONS = (0, 1, 20)
 SINCE_FILTERS = (0, 1, 40)
 
@@ -139,3 +141,21 @@ async def the_events_filter_applies(context: Context) -> None:
     assert [event.type for event in log.events] == ["stdio", "exec.request", "exec.response"]
     assert first.id > 2, "excluded events consume ids"
     assert last.id > first.id + 2
+
+
+@scenario(since=SINCE_EXTRA_HOSTS)
+async def this_host_has_the_name_that_docker_gives_it(context: Context) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\nreached\n")
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as service:
+        name = "host.docker.internal"
+        rule = context.hiver.EgressRule(host=name, access="allow")
+        sandbox = await context.create(extra_hosts=[f"{name}:host-gateway"], egress=[rule])
+        assert (await sandbox.get_config()).extra_hosts == [f"{name}:host-gateway"]
+        port = service.sockets[0].getsockname()[1]
+        found = await sandbox.exec(f"curl -sS http://{name}:{port}/")
+        assert found["stdout"] == "reached\n", found
