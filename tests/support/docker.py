@@ -32,10 +32,12 @@ from support.docker_leftovers import processes_naming
 from support.server import REPOSITORY
 from support.waiting import until
 
-__all__ = ["IMAGE", "Engine", "EngineFailed", "SharedEngine", "traces_in"]
+__all__ = ["FIRST_MAPPED_ID", "IMAGE", "Engine", "EngineFailed", "SharedEngine", "traces_in"]
 
-_MAPPED: Final = ("nobody", "nogroup", 2_200_000, 65_536)
-"""User and group of the system that lend their names for a range of ids, first id, and how many."""
+FIRST_MAPPED_ID: Final = 2_200_000
+"""Of the host: what root of a container is where the Engine maps user ids."""
+_LENDERS: Final = ("nobody", "nogroup")
+"""User and group of the system that lend their names to the range of ids."""
 
 
 class Engine(OwnEngine):
@@ -116,9 +118,8 @@ class Engine(OwnEngine):
     def _lend_ids(self) -> None:
         """dockerd reads ranges of ids from the system's files alone. So it gets a view of its own of /etc, in which the
         rest of the host stays as it is: mounts below our folders are everybody's."""
-        user, _, first, count = _MAPPED
         for name in ("subuid", "subgid"):
-            (self.run_dir / name).write_text(f"{user}:{first}:{count}\n")
+            (self.run_dir / name).write_text(f"{_LENDERS[0]}:{FIRST_MAPPED_ID}:65536\n")
         for folder in (self.run_dir, self.data_dir):
             subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
             subprocess.run(["mount", "--make-shared", str(folder)], check=True)
@@ -154,7 +155,7 @@ class Engine(OwnEngine):
             "userland-proxy": False,
         }
         if self.userns_remap:
-            daemon["userns-remap"] = ":".join(_MAPPED[:2])
+            daemon["userns-remap"] = ":".join(_LENDERS)
         (self.run_dir / "daemon.json").write_text(json.dumps(daemon))
         containerd = {"root": self.data_dir / "containerd", "state": self.run_dir / "containerd"}
         lines = ["version = 2", *(f'{key} = "{value}"' for key, value in containerd.items())]

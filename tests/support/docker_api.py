@@ -126,13 +126,16 @@ class OwnEngine:
     def try_container(self, **host_config: Any) -> None:
         """An Engine may start where its containers cannot: nested, without control groups, and the like."""
         container = self.run_detached(IMAGE, "/bin/true", **host_config)
+
         # Not by /wait: where the container has ended already, Podman 4.3 thinks about it for 20 seconds.
-        state = lambda: self.call("GET", f"/containers/{container}/json")["State"]  # noqa: E731
-        until(lambda: not state()["Running"], seconds=START_SECONDS, what="a container that runs `true` has ended")
-        code = state()["ExitCode"]
+        def code() -> str:
+            state = self.call("GET", f"/containers/{container}/json")["State"]
+            return "" if state["Running"] else str(state["ExitCode"])
+
+        ended = until(code, seconds=START_SECONDS, what="a container that runs `true` has ended")
         self.call("DELETE", f"/containers/{container}?force=true")
-        if code != 0:
-            raise EngineFailed(f"a container that was to run `true` ended with {code}")
+        if ended != "0":
+            raise EngineFailed(f"a container that was to run `true` ended with {ended}")
 
 
 def storage_driver(folder: Path) -> str:
