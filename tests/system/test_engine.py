@@ -185,10 +185,12 @@ async def test_a_frozen_engine_is_a_503_and_is_forgiven(
     assert await kept.out("echo works") == "works\n"
     new = await Box.create(http, "new")
     assert await new.out("echo works") == "works\n"
-    # What it was asked for while it was deaf, it does after all: a sweep finds it, the next one being that of a start.
+    # What it was asked for while it was deaf, it does after all, and that goes before the next sweep would find it.
+    until(lambda: len(_ours(engine)) == 2, seconds=10, what="nothing but the two sandboxes is left")
+    folders = server.data_dir / "docker" / "sandboxes"
+    until(lambda: {path.name for path in folders.iterdir()} == {kept.id, new.id}, seconds=10, what="its folders went")
     server.stop()
     server.start()
-    until(lambda: len(_ours(engine)) == 2, seconds=30, what="nothing but the two sandboxes is left")
     assert await kept.out("echo works") == "works\n"
 
 

@@ -30,6 +30,7 @@ from hiverd.contracts.isolation import (
 )
 
 from . import documents, guarantees, podman, settings, takeover, trial
+from .afterwards import Afterwards
 from .engine import EngineApi
 from .groups import ContainerCgroups
 from .images import Images, Prepared
@@ -64,6 +65,7 @@ class DockerIsolation(LinuxIsolation):
             log=context.data_dir / "sandboxes",
             mount=Path("/run", f"hiver-{context.instance}-docker"),
         )
+        self._afterwards = Afterwards(lambda sandbox_id: self.destroy(sandbox_id, None))
         self._started: _Started | None = None
 
     async def probe(self) -> list[Finding]:
@@ -101,6 +103,7 @@ class DockerIsolation(LinuxIsolation):
         self._seccomp_file.write_text(json.dumps(self._seccomp))
 
     async def close(self) -> None:
+        await self._afterwards.close()
         await self._engine.close()
         if self._started is not None:
             self._started.programs.close()
@@ -124,6 +127,9 @@ class DockerIsolation(LinuxIsolation):
                 return await self._in_pool(lambda: self._take_over(spec, prepared, places, container))
             except OSError as error:
                 raise BackendError(f"the sandbox cannot be made: {error}") from error
+            except UnavailableError:
+                self._afterwards.remove(spec.sandbox_id)
+                raise
 
     async def _make_container(self, spec: WorkloadSpec, prepared: Prepared, started: _Started) -> dict[str, Any]:
         """The container, its process 1 waiting. Answers what the Engine says of it."""
