@@ -18,7 +18,7 @@ from hiver_backends.docker.guarantees import ACCEPTABLE, MEANINGS
 from support import leaks
 from support.docker import Engine
 from support.docker_api import EngineFailed, OwnEngine
-from support.docker_rootless import RootlessEngine
+from support.docker_rootless import USER_ID, RootlessDocker, RootlessEngine, RootlessPodman
 from support.leaks import marks_of, wait_until_clean
 from support.server import DEFAULT_CONFIG, HIVER, Backend, Server, ServerFailed, clean_environment, free_port
 
@@ -59,10 +59,11 @@ def _refusal(folder: Path, host: str, finding: str) -> str:
     return found[1]
 
 
-def test_an_engine_without_root(tmp_path: Path) -> None:
-    with _running(RootlessEngine(str(os.getpid()))) as engine:
+@pytest.mark.parametrize("kind", [RootlessDocker, RootlessPodman])
+def test_an_engine_without_root(tmp_path: Path, kind: type[RootlessEngine]) -> None:
+    with _running(kind(str(os.getpid()))) as engine:
         refusal = _refusal(tmp_path, engine.host, "rootless engine")
-        assert "the engine runs without root" in refusal
+        assert f"the engine runs as user {USER_ID}" in refusal
         for name in OUTSIDE:
             assert f"{name}: {MEANINGS[name]}" in refusal  # type: ignore[index]
         assert engine.containers() == []

@@ -55,18 +55,24 @@ class Loss(Struct, frozen=True):
 
 
 def losses(
-    info: Mapping[str, Any], version: Mapping[str, Any], endpoint: EndpointKind, *, local_root: bool
+    info: Mapping[str, Any],
+    version: Mapping[str, Any],
+    endpoint: EndpointKind,
+    *,
+    local_root: bool,
+    engine_uid: int = 0,
 ) -> list[Loss]:
     """Everything that this Engine costs, the fatal first. Members that a document lacks count as not offered.
 
-    `local_root`: this process is root on the host (the kernel) on which the Engine runs its containers.
+    `local_root`: this process is root on the host (the kernel) on which the Engine runs its containers. `engine_uid`:
+    the user who holds its socket.
     """
     found = [
         _kernel(info),
         _api(version),
         _distance(info, endpoint, local_root),
         _privileges(info, endpoint, local_root),
-        _rootless(info),
+        _rootless(info, engine_uid if local_root else 0),
         _engine(version),
         _limits(info),
         _seccomp(info),
@@ -91,10 +97,11 @@ def findings(
     endpoint: EndpointKind,
     *,
     local_root: bool,
+    engine_uid: int = 0,
     accept: Collection[str] = (),
 ) -> list[Finding]:
     """The same as findings. One that is `required` and not `ok` is to stop the plug-in from starting."""
-    found = losses(info, version, endpoint, local_root=local_root)
+    found = losses(info, version, endpoint, local_root=local_root, engine_uid=engine_uid)
     results = [_finding(loss, frozenset(accept)) for loss in found]
     if not any(finding.required for finding in results):
         results.insert(0, Finding("engine", ok=True, detail=_title(info, version)))
@@ -209,13 +216,18 @@ def _options(info: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _rootless(info: Mapping[str, Any]) -> Loss | None:
-    """The Engine is an ordinary user there: our folders are closed to it, and its mounts are not ours to change."""
-    if "rootless" not in _options(info):
+def _rootless(info: Mapping[str, Any], engine_uid: int) -> Loss | None:
+    """The Engine is an ordinary user there: our folders are closed to it, and its mounts are not ours to change.
+
+    Podman does not say so of itself, but the owner of its socket tells; and root must not believe what an ordinary user
+    says about containers.
+    """
+    if "rootless" not in _options(info) and not engine_uid:
         return None
+    who = f"as user {engine_uid}" if engine_uid else "without root"
     return Loss(
         "rootless engine",
-        "the engine runs without root: it can mount nothing of this server's folders",
+        f"the engine runs {who}: it can mount nothing of this server's folders",
         "use an engine that runs as root",
         _FROM_OUTSIDE,
         fatal=True,

@@ -41,6 +41,14 @@ class Offer(Struct, frozen=True, kw_only=True):
     findings: list[Finding]
 
 
+class Peer(Struct, frozen=True, kw_only=True):
+    """Who holds the Engine's socket (SO_PEERCRED)."""
+
+    pid: int = 0
+    """0 if it cannot be seen from here."""
+    uid: int = 0
+
+
 async def look(settings: Settings, engine: EngineApi, run_dir: Path, in_pool: InPool) -> Offer:
     """Looks for everything; changes nothing."""
     conmon, init = await in_pool(lambda: (find_conmon(settings.conmon), find_program(settings.init)))
@@ -59,18 +67,20 @@ async def look(settings: Settings, engine: EngineApi, run_dir: Path, in_pool: In
             remedy = "start it (systemctl start docker), or name its socket: host below [docker], or DOCKER_HOST"
             findings.append(Finding("engine", ok=False, detail=error.message, remedy=remedy))
         else:
-            pid = await in_pool(lambda: peer_pid(engine.endpoint))
-            findings += judged(settings, info, version, pid)
+            holder = await in_pool(lambda: peer(engine.endpoint))
+            findings += judged(settings, info, version, holder)
             podman = guarantees.is_podman(version)
     return Offer(conmon=conmon, init=init, info=info, podman=podman, findings=findings)
 
 
-def judged(settings: Settings, info: dict[str, Any], version: dict[str, Any], engine_pid: int) -> list[Finding]:
-    """What the Engine's own words mean for our guarantees."""
+def judged(settings: Settings, info: dict[str, Any], version: dict[str, Any], holder: Peer) -> list[Finding]:
+    """What the Engine's own words, and who says them, mean for our guarantees."""
     local_root = guarantees.local_root(
-        info, "unix", euid=os.geteuid(), kernel_release=os.uname().release, engine_pid=engine_pid
+        info, "unix", euid=os.geteuid(), kernel_release=os.uname().release, engine_pid=holder.pid
     )
-    return guarantees.findings(info, version, "unix", local_root=local_root, accept=settings.accept)
+    return guarantees.findings(
+        info, version, "unix", local_root=local_root, engine_uid=holder.uid, accept=settings.accept
+    )
 
 
 def endpoint_kind(endpoint: str) -> guarantees.EndpointKind:
@@ -81,13 +91,14 @@ def endpoint_kind(endpoint: str) -> guarantees.EndpointKind:
     return "tcp"
 
 
-def peer_pid(endpoint: str) -> int:
-    """The process behind a UNIX socket; 0 if it cannot be seen from here. Blocking."""
+def peer(endpoint: str) -> Peer:
+    """The process behind a UNIX socket. Blocking."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_CONNECT_SECONDS)
             connection.connect(endpoint.removeprefix("unix://"))
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     except OSError:
-        return 0
-    return int(struct.unpack("3i", credentials)[0])
+        return Peer()
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return Peer(pid=pid, uid=uid)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from hiver_backends.docker import credentials, documents, settings
+from hiver_backends.docker import below, confinement, credentials, documents, podman, settings
 from hiver_backends.docker.groups import ContainerCgroups
 from hiver_backends.docker.images import empty_archive
 from hiver_backends.docker.layers import overlay_folders
-from hiver_backends.docker.probe import endpoint_kind, judged
+from hiver_backends.docker.probe import Peer, endpoint_kind, judged
 from hiver_backends.linux import bundle, bundles, seccomp
 from hiverd.contracts.errors import InvalidError
 from hiverd.contracts.isolation import Image, WorkloadSpec
@@ -167,17 +167,119 @@ class TestLayers:
         assert overlay_folders({"GraphDriver": {"Name": "overlay2", "Data": {"LowerDir": long}}}) == []
 
 
+class TestPodman:
+    """Its own form of a request, and the runtime below it."""
+
+    def test_what_it_would_pass_over_it_gets_in_its_own_form(self) -> None:
+        ours = documents.container(spec(), layout())
+        theirs = podman.container(ours, Path("/data/seccomp.json"))
+        host = theirs.pop("HostConfig")
+        options = host.pop("SecurityOpt")
+        assert options[0] == "no-new-privileges:true"
+        assert options[1] == "seccomp=/data/seccomp.json"
+        assert options[2] == "mask=" + ":".join(bundle.MASKED_PATHS)
+        assert len(options) == 3
+        assert {limit["Name"] for limit in host.pop("Ulimits")} == {"nofile", "nproc"}
+        same = dict(ours["HostConfig"])
+        assert same.pop("SecurityOpt")[1].startswith("seccomp={")
+        assert same.pop("MaskedPaths")
+        assert host == same
+        assert theirs == {name: value for name, value in ours.items() if name != "HostConfig"}
+
+    def test_an_engine_without_filters_is_asked_for_none(self) -> None:
+        theirs = podman.container(documents.container(spec(), layout(seccomp=None)), Path("/data/seccomp.json"))
+        assert not [option for option in theirs["HostConfig"]["SecurityOpt"] if "seccomp" in option]
+
+    WORDS = ("/usr/bin/conmon", "--api-version", "1", "-c", "abc", "-u", "abc", "-r", "/usr/bin/crun", "-b", "/bundle")
+
+    @pytest.mark.parametrize(
+        ("more", "environment", "root"),
+        [
+            ((), {}, "/run/crun"),
+            ((), {"XDG_RUNTIME_DIR": "/run/user/0"}, "/run/user/0/crun"),
+            (("--runtime-arg", "--root=/a"), {"XDG_RUNTIME_DIR": "/x"}, "/a"),
+            (("--runtime-arg=--root", "--runtime-arg", "/b", "-l", "none"), {}, "/b"),
+            (("--runtime-arg", "--log", "--runtime-arg=/log", "--exit-command", "x", "--root", "/no"), {}, "/run/crun"),
+            (
+                ("--exit-command", "/usr/bin/podman", "--exit-command-arg", "-r", "-b", "/other", "-c", "x"),
+                {},
+                "/run/crun",
+            ),
+        ],
+    )
+    def test_conmon_knows_the_runtime(self, more: tuple[str, ...], environment: dict[str, str], root: str) -> None:
+        found = below.from_conmon([*self.WORDS, *more, ""], environment, "abc")
+        assert found == below.Below(program="/usr/bin/crun", state_dir=root, bundle="/bundle")
+
+    def test_runc_does_not_look_at_the_environment(self) -> None:
+        words = ["/usr/sbin/runc" if word.endswith("crun") else word for word in self.WORDS]
+        assert below.from_conmon(words, {"XDG_RUNTIME_DIR": "/x"}, "abc").state_dir == "/run/runc"
+
+    def test_another_containers_conmon_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="the monitor of abc"):
+            below.from_conmon(self.WORDS, {}, "abd")
+        with pytest.raises(KeyError):
+            below.from_conmon(["conmon"], {}, "abc")
+
+
+class TestConfinement:
+    """What a container lacks of what was asked for."""
+
+    MOUNTS = b"""\
+60 50 0:40 / / rw,relatime - overlay overlay rw
+61 60 0:41 / /proc rw,nosuid - proc proc rw
+62 61 0:41 /sys /proc/sys ro,nosuid - proc proc rw
+63 61 0:42 /null /proc/keys rw,nosuid - tmpfs tmpfs rw
+64 61 0:41 /bus /proc/bus rw - proc proc rw
+"""
+
+    def test_mounts(self) -> None:
+        assert confinement.judged_mounts(self.MOUNTS, ["/proc/keys"], ["/proc/sys"]) == []
+        lacks = confinement.judged_mounts(
+            self.MOUNTS, ["/proc/keys", "/proc/kcore"], ["/proc/sys", "/proc/bus", "/proc/fs"]
+        )
+        assert lacks == ["/proc/kcore is not hidden", "/proc/bus can be written to", "/proc/fs can be written to"]
+
+    def test_a_process_without_bonds(self) -> None:
+        lacks = confinement.missing(os.getpid(), seccomp=True)
+        assert "/proc/keys is not hidden" in lacks or not Path("/proc/keys").exists()
+        assert "/proc/sys can be written to" in lacks
+        status = Path("/proc/self/status").read_text()
+        assert ("programs may gain privileges" in lacks) is ("NoNewPrivs:\t0" in status)
+        assert ("system calls are not filtered" in lacks) is ("Seccomp:\t2" not in status)
+        assert "system calls are not filtered" not in confinement.missing(os.getpid(), seccomp=False)
+
+    def test_a_process_that_has_ended(self) -> None:
+        with pytest.raises(OSError, match="No such"):
+            confinement.missing(2**22 + 1, seccomp=True)
+
+
 class TestProbe:
     def test_kinds_of_address(self) -> None:
-        assert [endpoint_kind(text) for text in ("unix:///s", "tcp://h:1", "https://h", "ssh://h")] == [
-            "unix", "tcp", "tcp", "ssh"
-        ]  # fmt: skip
+        kinds = {
+            "unix:///s": "unix",
+            "tcp://h:1": "tcp",
+            "https://h": "tcp",
+            "h:1": "tcp",
+            "ssh://h": "ssh",
+            "npipe:////./pipe/docker_engine": "npipe",
+        }
+        assert {text: endpoint_kind(text) for text in kinds} == kinds
+
+    def test_the_owner_of_the_socket_tells_an_engine_without_root(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Podman says nothing of it."""
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        findings = judged(settings.parse({"accept": ["limits"]}), INFO, VERSION, Peer(pid=1, uid=1000))
+        (found,) = [finding for finding in findings if finding.required and not finding.ok]
+        assert found.name == "rootless engine"
+        assert "runs as user 1000" in found.detail
+        assert "egress: " in found.detail
 
     def test_consent_is_for_what_can_be_done_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: 0)
 
         def refused(info: dict[str, Any], pid: int, *accept: str) -> list[str]:
-            findings = judged(settings.parse({"accept": accept}), info, VERSION, pid)
+            findings = judged(settings.parse({"accept": accept}), info, VERSION, Peer(pid=pid))
             return [finding.name for finding in findings if finding.required and not finding.ok]
 
         unlimited = INFO | {"PidsLimit": False}
