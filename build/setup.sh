@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Program to look for -> package that holds it.
 RUN_PROGRAMS=(runc:runc conmon:conmon catatonit:catatonit skopeo:skopeo umoci:umoci ip:iproute2 nft:nftables mkfs.ext4:e2fsprogs /usr/bin/python3:python3)
-TEST_PROGRAMS=(dockerd:docker.io docker-registry:docker-registry busybox:busybox-static wrk:wrk stress-ng:stress-ng curl:curl wget:wget git:git npm:npm node:nodejs certutil:libnss3-tools rsync:rsync sqlite3:sqlite3)
+TEST_PROGRAMS=(dockerd:docker.io podman:podman rootlesskit:rootlesskit newuidmap:uidmap docker-registry:docker-registry busybox:busybox-static wrk:wrk stress-ng:stress-ng curl:curl wget:wget git:git npm:npm node:nodejs certutil:libnss3-tools rsync:rsync sqlite3:sqlite3)
 
 wanted=("${RUN_PROGRAMS[@]}")
 if [[ "${1:-}" == "--tests" ]]; then
@@ -35,7 +35,7 @@ missing_packages() {
 install_without_services() {
     local policy=/usr/sbin/policy-rc.d made="" unit package
     local -a resting=()
-    local -A units=([docker.io]="docker.socket docker containerd" [docker-registry]="docker-registry")
+    local -A units=([docker.io]="docker.socket docker containerd" [docker-registry]="docker-registry" [podman]="podman.socket podman podman-auto-update.timer")
     for package in "$@"; do
         for unit in ${units[$package]:-}; do
             systemctl is-active --quiet "$unit" 2>/dev/null || resting+=("$unit")

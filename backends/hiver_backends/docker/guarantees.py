@@ -29,7 +29,7 @@ MEANINGS: Final[Mapping[Guarantee, str]] = {
     "file-events": "every access to a mount is an event",
     "limits": "bounds on CPU, memory and processes",
     "seccomp": "system calls that no workload needs are refused",
-    "tested-engine": "the tests of this project pass on this kind of engine",
+    "tested-engine": "all tests of this project run on this kind of engine",
 }
 
 MINIMUM_API: Final = (1, 41)
