@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
@@ -65,8 +64,6 @@ class Engine(OwnEngine):
         self.data_dir.mkdir(mode=0o711)
         try:
             self._configure()
-            if self.userns_remap:
-                self._lend_ids()
             self.spawn(containerd, "--config", str(self.run_dir / "containerd.toml"))
             until((self.run_dir / "containerd.sock").exists, seconds=START_SECONDS, what="containerd listens")
             self.start_dockerd()
@@ -115,22 +112,13 @@ class Engine(OwnEngine):
             self.stop_dockerd()
         self.clean()
 
-    def _lend_ids(self) -> None:
-        """dockerd reads ranges of ids from the system's files alone. So it gets a view of its own of /etc, in which the
-        rest of the host stays as it is: mounts below our folders are everybody's."""
-        for name in ("subuid", "subgid"):
-            (self.run_dir / name).write_text(f"{_LENDERS[0]}:{FIRST_MAPPED_ID}:65536\n")
-        for folder in (self.run_dir, self.data_dir):
-            subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
-            subprocess.run(["mount", "--make-shared", str(folder)], check=True)
-        script = "mount --make-private / && for f in subuid subgid; do"
-        script += f' mount --bind {self.run_dir}/$f /etc/$f || exit; done; exec "$@"'
-        (self.run_dir / "view.sh").write_text(f"{script}\n")
-
     def _seeing_ids(self) -> tuple[str, ...]:
+        """dockerd reads ranges of ids from the system's files alone."""
         if not self.userns_remap:
             return ()
-        return ("unshare", "--mount", "--propagation", "unchanged", "sh", str(self.run_dir / "view.sh"))
+        ids = self.run_dir / "ids"
+        ids.write_text(f"{_LENDERS[0]}:{FIRST_MAPPED_ID}:65536\n")
+        return self.own_view(dict.fromkeys(("/etc/subuid", "/etc/subgid"), f"--bind {ids}"))
 
     def dockerd_pids(self) -> list[int]:
         return processes_naming(str(self.run_dir / "daemon.json"))

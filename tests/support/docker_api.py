@@ -66,6 +66,21 @@ class OwnEngine:
             shutil.rmtree(folder, ignore_errors=True)
         remove_cgroups(self.name)
 
+    def own_view(self, mounts: Mapping[str, str]) -> tuple[str, ...]:
+        """Before an argv: its program sees something else than the rest of the host at some places, which are given
+        with the arguments of the mount there. What it mounts below our folders is everybody's all the same."""
+        for folder in (self.run_dir, self.data_dir):
+            if not folder.is_mount():
+                subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+                subprocess.run(["mount", "--make-shared", str(folder)], check=True)
+        lines = ["set -e"]
+        for place, arguments in mounts.items():
+            lines.append(f'mount --make-private "$(findmnt --noheadings --output TARGET --target {place})"')
+            lines.append(f"mount {arguments} {place}")
+        script = self.run_dir / "view.sh"
+        script.write_text("\n".join([*lines, 'exec "$@"']) + "\n")
+        return ("unshare", "--mount", "--propagation", "unchanged", "sh", str(script))
+
     def spawn(self, *argv: str, variables: Mapping[str, str] | None = None) -> None:
         """In a session of its own: it may outlive the process that started it."""
         with (self.run_dir / "log").open("ab") as log:

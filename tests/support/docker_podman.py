@@ -29,7 +29,7 @@ from support.waiting import until
 _GROUP: Final = "libpod_parent"
 """Control group of all containers of all Podmans of a host; goes when it is empty."""
 _CACHE: Final = Path("/var/lib/containers/cache")
-"""Where Podman notes which blobs it has seen, whatever its configuration says."""
+"""Where Podman notes which blobs it has seen, whatever its configuration says. It may go at any time."""
 _FILES: Final = {
     "CONTAINERS_CONF": "containers.conf",
     "CONTAINERS_STORAGE_CONF": "storage.conf",
@@ -46,7 +46,6 @@ class Podman(OwnEngine):
     def __init__(self, name: str) -> None:
         """`name` tells it from others on this host: `[a-z0-9-]`, short enough for UNIX sockets."""
         super().__init__(f"hiver-podman-{name}")
-        self._had_cache = _CACHE.exists()
 
     def start(self) -> None:
         """`EngineFailed` with the reason where it cannot run."""
@@ -89,10 +88,9 @@ class Podman(OwnEngine):
     def clean(self) -> None:
         super().clean()
         remove_cgroups(_GROUP)
-        if not self._had_cache:
-            shutil.rmtree(_CACHE, ignore_errors=True)
-            with suppress(OSError):
-                _CACHE.parent.rmdir()
+        # A Podman of the system's has its images there, too.
+        if _CACHE.exists() and os.listdir(_CACHE.parent) == [_CACHE.name]:
+            shutil.rmtree(_CACHE.parent, ignore_errors=True)
 
     def service_pids(self) -> list[int]:
         return processes_naming(self.host)
@@ -117,7 +115,7 @@ class Podman(OwnEngine):
                     "driver": driver,
                     "graphroot": f"{self.data_dir}/storage",
                     "runroot": f"{self.run_dir}/storage",
-                }
+                },
             },
             "registries.conf": {},
         }

@@ -24,7 +24,8 @@ def of(prepared: Prepared, container: Mapping[str, Any], found: Below) -> tuple[
         # The Engine's own mount of the image, whatever makes it: one overlay over another is what kernels allow.
         merged = root_folder(found)
         folders = [merged / prepared.inner]
-        if merged.is_symlink() or not _is_inside(merged, prepared.inner):
+        # An Engine in a mount namespace of its own may have it there alone, and here is but an empty folder.
+        if not _is_root_of(int(container["State"]["Pid"]), merged) or not _is_inside(merged, prepared.inner):
             raise BackendError("the image's files cannot be found on this host")
     return tuple((folder, "") for folder in folders)
 
@@ -40,6 +41,14 @@ def overlay_folders(container: Mapping[str, Any]) -> list[Path]:
     if len(lower) > _MAX_BYTES or not all(folder.is_dir() for folder in folders):
         return []
     return folders
+
+
+def _is_root_of(pid: int, folder: Path) -> bool:
+    """Whether a folder is what a process has as its root."""
+    try:
+        return not folder.is_symlink() and folder.samefile(f"/proc/{pid}/root")
+    except OSError:
+        return False
 
 
 def _is_inside(root: Path, place: str) -> bool:
