@@ -25,7 +25,7 @@ def of(prepared: Prepared, container: Mapping[str, Any], found: Below) -> tuple[
         merged = root_folder(found)
         folders = [merged / prepared.inner]
         # An Engine in a mount namespace of its own may have it there alone, and here is but an empty folder.
-        if not _is_root_of(int(container["State"]["Pid"]), merged) or not _is_inside(merged, prepared.inner):
+        if not is_root_of(int(container["State"]["Pid"]), merged) or not _is_inside(merged, prepared.inner):
             raise BackendError("the image's files cannot be found on this host")
     return tuple((folder, "") for folder in folders)
 
@@ -43,7 +43,7 @@ def overlay_folders(container: Mapping[str, Any]) -> list[Path]:
     return folders
 
 
-def _is_root_of(pid: int, folder: Path) -> bool:
+def is_root_of(pid: int, folder: Path) -> bool:
     """Whether a folder is what a process has as its root."""
     try:
         return not folder.is_symlink() and folder.samefile(f"/proc/{pid}/root")

@@ -16,7 +16,7 @@ import pytest
 from hiver_backends.docker import below, confinement, credentials, documents, podman, settings
 from hiver_backends.docker.groups import ContainerCgroups
 from hiver_backends.docker.images import empty_archive
-from hiver_backends.docker.layers import overlay_folders
+from hiver_backends.docker.layers import is_root_of, overlay_folders
 from hiver_backends.docker.probe import Peer, endpoint_kind, judged
 from hiver_backends.linux import bundle, bundles, seccomp
 from hiverd.contracts.errors import InvalidError
@@ -165,6 +165,15 @@ class TestLayers:
         assert overlay_folders({}) == []
         long = ":".join(f"/{number:0100d}" for number in range(40))
         assert overlay_folders({"GraphDriver": {"Name": "overlay2", "Data": {"LowerDir": long}}}) == []
+
+
+def test_only_what_a_process_has_as_its_root_is_its_root(tmp_path: Path) -> None:
+    """An Engine may have mounted it in a mount namespace of its own: then the folder is here, and empty."""
+    (tmp_path / "link").symlink_to("/")
+    assert is_root_of(os.getpid(), Path("/"))
+    for folder in (tmp_path, tmp_path / "link", tmp_path / "absent"):
+        assert not is_root_of(os.getpid(), folder)
+    assert not is_root_of(2**22 + 1, Path("/"))
 
 
 class TestPodman:
