@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Final
@@ -23,10 +25,17 @@ _RESUMES: Final = 6
 """How often one read goes on after its connection was cut."""
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """One for all: to read the authorities takes tens of milliseconds, in which a process serves nobody."""
+    return httpx.create_ssl_context()
+
+
 def make_client(auth: httpx.Auth | None = None) -> httpx.AsyncClient:
     """A pool of connections of its own. Redirects are not followed: each caller knows which it expects."""
     return httpx.AsyncClient(
         auth=auth,
+        verify=_tls(),
         timeout=httpx.Timeout(60, connect=10),
         limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
         follow_redirects=False,
