@@ -71,6 +71,12 @@ def _own_family() -> frozenset[int]:
     return frozenset(family)
 
 
+def left_to_init(entry: Path) -> bool:
+    """Whether this folder of /proc is of a process that has ended, of which only the host's init has yet to take note:
+    some look every few seconds."""
+    return _read(entry / "stat").rpartition(")")[2].split()[:2] == ["Z", "1"]
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode(errors="replace")
@@ -93,7 +99,7 @@ def _processes(marks: tuple[str, ...]) -> Iterator[str]:
         command = _read(entry / "cmdline").replace("\0", " ").strip()
         if _matches(command, marks):
             yield f"process {entry.name}: {command[:200]}"
-        elif _matches(_read(entry / "cgroup"), marks):
+        elif _matches(_read(entry / "cgroup"), marks) and not left_to_init(entry):
             yield f"process {entry.name} in a cgroup of ours: {command[:200] or _read(entry / 'comm').strip()}"
         elif _matches(_link(entry / "cwd") + _link(entry / "root"), marks):
             yield f"process {entry.name} in a folder of ours: {command[:200]}"
