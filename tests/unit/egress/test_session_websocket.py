@@ -28,7 +28,7 @@ class WebSocketUpstream:
             with contextlib.suppress(websockets.ConnectionClosed):
                 handler(connection)
 
-        self._server = serve(handle, "127.0.0.1", 0, compression="deflate")
+        self._server = serve(handle, "127.0.0.1", 0, compression="deflate", close_timeout=0.5)
         self.address = f"127.0.0.1:{self._server.socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()

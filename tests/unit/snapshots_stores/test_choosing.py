@@ -16,7 +16,9 @@ from hiverd.sandboxes.snapshot_stores import CopyingStore, SnapshotStores, open_
 from hiverd.settings import SnapshotsSettings
 from hiverd.testing.snapshot_harness import FIRST, get, noise, put
 from hiverd.wire.config import SandboxConfig, decode_config
+from support.egress import scripted
 from support.snapshot_stores import flip
+from support.upstreams import SocketUpstream
 
 
 @pytest.fixture
@@ -74,11 +76,14 @@ async def test_a_sandboxes_own_disk_gets_a_copy(stores: SnapshotStores, tmp_path
 
 
 async def test_a_remote_mount_is_asked_directly(stores: SnapshotStores) -> None:
-    config = config_of({"mount": "/a", "backend": "external", "host": "http://127.0.0.1:9", "internal": True})
-    async with stores.chosen(config, "/a", None) as store:
-        assert isinstance(store, MountStore)
-        with pytest.raises(HiverError, match="mount that keeps the snapshot"):
-            await asyncio.wait_for(store.find("demo"), 60)
+    with SocketUpstream(scripted(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")) as service:
+        host = f"http://{service.address}"
+        config = config_of({"mount": "/a", "backend": "external", "host": host, "internal": True})
+        async with stores.chosen(config, "/a", None) as store:
+            assert isinstance(store, MountStore)
+            with pytest.raises(HiverError, match="mount that keeps the snapshot"):
+                await asyncio.wait_for(store.find("demo"), 60)
+        assert service.connections > 0
 
 
 async def test_what_is_wrong_with_another_mount_does_not_matter(stores: SnapshotStores, tmp_path: Path) -> None:
