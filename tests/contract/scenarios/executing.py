@@ -69,14 +69,14 @@ async def exec_reads_nothing(context: Context) -> None:
     assert (await sandbox.exec("cat; echo end"))["stdout"] == "end\n"
 
 
-@scenario(seconds=30)
+@scenario(waits=True, seconds=30)
 async def exec_may_take_longer_than_the_clients_patience(context: Context) -> None:
     """Every client gives up after 3 s without a byte (PROTOCOL 0.7)."""
     sandbox = await context.create()
     assert await sandbox.exec("sleep 5; echo done") == {"stdout": "done\n", "stderr": "", "exit_code": 0}
 
 
-@scenario(spread="ends", seconds=120, slow=True)
+@scenario(waits=True, seconds=120, slow=True)
 async def exec_may_take_a_minute(context: Context) -> None:
     sandbox = await context.create()
     assert (await sandbox.exec("sleep 60; echo done"))["stdout"] == "done\n"

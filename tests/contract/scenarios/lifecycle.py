@@ -70,7 +70,7 @@ async def shutdown_removes_the_sandbox(context: Context) -> None:
     assert sandbox.key in str(error)
 
 
-@scenario(spread="ends", seconds=90)
+@scenario(waits=True, seconds=90)
 async def shutdown_waits_for_a_stubborn_workload(context: Context) -> None:
     """A workload that ignores SIGTERM gets its grace (PROTOCOL 0.16); the client's own time limit is shorter."""
     key = context.new_key()
@@ -206,7 +206,7 @@ async def lifecycle_stream_tells_each_sandbox_apart(context: Context) -> None:
     assert {status for status, _ in watch.seen(neighbour.key)} == {"start"}
 
 
-@scenario(spread="ends", seconds=60)
+@scenario(waits=True, seconds=60)
 async def lifecycle_stream_outlives_silence(context: Context) -> None:
     """The client gives up after 5 s without a byte, so the server must send comments (PROTOCOL 0.7)."""
     watch = _Watch(context)
@@ -219,7 +219,7 @@ async def lifecycle_stream_outlives_silence(context: Context) -> None:
         await watch.close()
 
 
-@scenario(seconds=60)
+@scenario(waits=True, seconds=60)
 async def an_idle_sandbox_expires(context: Context) -> None:
     sandbox = await context.create(ttl=1)
 
@@ -230,7 +230,7 @@ async def an_idle_sandbox_expires(context: Context) -> None:
     assert (await context.error_of(sandbox.ping())).status == 404
 
 
-@scenario(spread="ends", seconds=60)
+@scenario(waits=True, seconds=60)
 async def pings_keep_a_sandbox_alive(context: Context) -> None:
     sandbox = await context.create(ttl=2)
     end_monotonic = time.monotonic() + 5

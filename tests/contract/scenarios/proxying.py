@@ -128,7 +128,7 @@ async def proxied_requests_are_events(context: Context) -> None:
     assert response.status == 207
 
 
-@scenario()
+@scenario(waits=True)
 async def a_server_that_comes_up_late_is_waited_for(context: Context) -> None:
     sandbox = await context.create()
     await sandbox.exec_stream(f"sleep 2; cd /usr; exec python3 -m http.server {PORT} --bind 127.0.0.1")

@@ -6,13 +6,12 @@ import importlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from contract.scenarios.context import Context
 
 Body = Callable[["Context"], Awaitable[None]]
-Spread = Literal["all", "ends"]
 
 MODULES: Final = (
     "lifecycle",
@@ -32,13 +31,13 @@ DEFAULT_SECONDS: Final = 45.0
 
 @dataclass(frozen=True)
 class Scenario:
-    """One thing users do. `spread` is `ends` when waiting makes it too slow for every release."""
+    """One thing users do. If it `waits` for most of its time, all releases run it at the same time."""
 
     name: str
     run: Body
     since: tuple[int, ...]
     until: tuple[int, ...]
-    spread: Spread
+    waits: bool
     seconds: float
     slow: bool
 
@@ -53,7 +52,7 @@ def scenario(
     *,
     since: tuple[int, ...] = FIRST,
     until: tuple[int, ...] = LAST,
-    spread: Spread = "all",
+    waits: bool = False,
     seconds: float = DEFAULT_SECONDS,
     slow: bool = False,
 ) -> Callable[[Body], Body]:
@@ -61,7 +60,7 @@ def scenario(
 
     def register(body: Body) -> Body:
         name = f"{body.__module__.rpartition('.')[2]}.{body.__name__}"
-        _register[name] = Scenario(name, body, since, until, spread, seconds, slow)
+        _register[name] = Scenario(name, body, since, until, waits, seconds, slow)
         return body
 
     return register

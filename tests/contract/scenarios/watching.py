@@ -129,7 +129,7 @@ async def the_entrypoint_is_heard(context: Context) -> None:
     assert line.stdout == "from-the-entrypoint\n"
 
 
-@scenario(spread="ends", seconds=60)
+@scenario(waits=True, seconds=60)
 async def usage_is_sampled(context: Context) -> None:
     sandbox = await context.create()
     await sandbox.exec_stream("while :; do :; done")
@@ -140,7 +140,7 @@ async def usage_is_sampled(context: Context) -> None:
     assert sample.memory_bytes > 0
 
 
-@scenario(spread="ends", seconds=60)
+@scenario(waits=True, seconds=60)
 async def an_expiry_is_told(context: Context) -> None:
     sandbox = await context.create(ttl=2)
     async with context.events(sandbox) as log:
