@@ -28,6 +28,9 @@ DEFAULT_VERSIONS: Final = ("0.1.15", "0.1.18", "0.1.20", "0.1.23", "0.1.24", "0.
 ALL_VERSIONS: Final = tuple(f"0.1.{patch}" for patch in range(15, 46) if patch != 19)
 """Every release; 0.1.19 was never made (PROTOCOL 1.1)."""
 
+NO_AUTHORITIES: Final = {"SSL_CERT_FILE": "", "SSL_CERT_DIR": "/dev/null"}
+"""For a client that only speaks plain HTTP: to read the world's authorities takes longer than most scenarios."""
+
 INSIDE: Final = ("pip", "requests", "httpx", "websockets")
 """What sandboxes of tests are given besides the client."""
 
@@ -138,7 +141,7 @@ class Driver:
                 [sys.executable, "-P", "-m", "contract.driver", self.version],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=clean_environment({"PYTHONPATH": path}),
+                env=clean_environment({"PYTHONPATH": path, **NO_AUTHORITIES}),
             )
         return self._process
 

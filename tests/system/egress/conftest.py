@@ -12,6 +12,7 @@ import pytest
 
 from support.clients import CLIENTS
 from support.leaks import marks_of, wait_until_clean
+from support.plain import plain_client
 from support.server import DEFAULT_CONFIG, Backend, Server
 from support.upstreams import Authority, HttpUpstream
 
@@ -77,7 +78,7 @@ def egress_server(
 @pytest.fixture
 async def sandboxes(egress_server: Server) -> AsyncIterator[Any]:
     """`await sandboxes(egress=[...])` makes a sandbox with that configuration, which ends with the test."""
-    async with httpx.AsyncClient(base_url=egress_server.url, timeout=60) as client:
+    async with plain_client(base_url=egress_server.url, timeout=60) as client:
         made: list[Inside] = []
 
         async def make(**config: Any) -> Inside:

@@ -7,10 +7,10 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import pytest
 
 from support.clients import helper_rules, install_inside
+from support.plain import plain_client
 from support.server import Server
 from support.waiting import until_async
 
@@ -29,7 +29,7 @@ async def child(egress_server: Server) -> AsyncIterator[str]:
     """The key of the sandbox that an agent may make."""
     key = f"child-{uuid.uuid4().hex[:8]}"
     yield key
-    async with httpx.AsyncClient(base_url=egress_server.url, timeout=60) as client:
+    async with plain_client(base_url=egress_server.url, timeout=60) as client:
         await client.post(f"/controller/v1/shutdown/{key}")
 
 
@@ -38,7 +38,7 @@ def nested(key: str, config: str = 'SandboxConfig(env={"PINNED": "yes"})', more:
 
 
 async def listed(server: Server) -> dict[str, str]:
-    async with httpx.AsyncClient(base_url=server.url) as client:
+    async with plain_client(base_url=server.url) as client:
         return {entry["key"]: entry["id"] for entry in (await client.get("/controller/v1/sandboxes")).json()}
 
 
@@ -94,7 +94,7 @@ async def test_what_is_pinned_cannot_be_changed(sandboxes: Any, egress_server: S
     )
     assert made.stdout.endswith("201"), made
     reference = json.loads(made.stdout.splitlines()[0])
-    async with httpx.AsyncClient(base_url=egress_server.url) as client:
+    async with plain_client(base_url=egress_server.url) as client:
         config = (await client.get(f"/sandbox/{reference['id']}/v1/{child}/config")).json()
     assert config["env"] == {"PINNED": "yes"}
     assert not config.keys() & {"image", "egress", "ttl"}
@@ -169,7 +169,7 @@ async def test_a_gateway_of_the_users_own_comes_first(sandboxes: Any, plain: Any
 
 
 async def test_the_names_mean_nothing_to_browsers_outside(egress_server: Server) -> None:
-    async with httpx.AsyncClient(base_url=egress_server.url) as client:
+    async with plain_client(base_url=egress_server.url) as client:
         for host in ("gateway", "gateway.hiver", f"gateway:{egress_server.port}"):
             answer = await client.get("/controller/v1/sandboxes", headers={"host": host})
             assert answer.status_code == 403

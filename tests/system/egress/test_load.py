@@ -15,6 +15,7 @@ import pytest
 
 from support.leaks import marks_of, wait_until_clean
 from support.memory import GROWTH_BYTES, MIB, Peak
+from support.plain import plain_client
 from support.server import DEFAULT_CONFIG, Backend, Server
 from support.upstreams import Authority, HttpUpstream, SocketUpstream, lead
 from support.waiting import until_async
@@ -235,7 +236,7 @@ async def own_server(
     """A server that may be killed; its sandboxes outlive it."""
     server = Server(tmp_path, ephemeral=False, config=DEFAULT_CONFIG + authority.settings, backend=isolated_by)
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
         yield server, client
     server.stop()
     server.ephemeral = True

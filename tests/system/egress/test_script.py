@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from support.plain import NOBODY, plain_client
 from support.server import Server
 from support.upstreams import HttpUpstream, lead
 from support.waiting import until
@@ -194,7 +195,7 @@ def test_workers_end_with_the_server_and_the_next_one_has_its_own(
     server.start()
     script = 'if path == "/hang" then while true do end end headers["X-Ran"] = "1"'
     config = {"egress": [lead("api.test", plain, override_script=script)]}
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=60, verify=NOBODY) as client:
         sandbox_id = client.post("/v1/sandboxes/s", json=config).json()["id"]
         base = f"/sandbox/{sandbox_id}/v1/s"
 
@@ -222,7 +223,7 @@ async def test_workers_leave_no_zombies_and_no_descriptors(
     server = make_server()
     server.start()
     config = {"egress": [lead("api.test", plain, override_script='headers["X-Ran"] = "1"')]}
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
         sandbox_id = (await client.post("/v1/sandboxes/s", json=config)).json()["id"]
 
         async def curl() -> str:

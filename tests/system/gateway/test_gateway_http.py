@@ -6,7 +6,6 @@ import asyncio
 import time
 from typing import Any
 
-import httpx
 import pytest
 
 from hiverd.wire.events import IngressRequestEvent, IngressResponseEvent
@@ -21,6 +20,7 @@ from support.gateway import (
     upstream,
     url,
 )
+from support.plain import plain_client
 
 pytestmark = pytest.mark.system
 
@@ -30,7 +30,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "REPORT"])
 async def test_every_method(front: Front, namespace: str, method: str) -> None:
     seen: list[Any] = []
-    async with upstream(namespace, answering(OK, seen=seen)) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, answering(OK, seen=seen)) as up, plain_client() as client:
         if method == "HEAD":
             async with upstream(namespace, answering(OK[:-2], seen=seen)) as head_up:
                 answer = await client.request(method, url(front, head_up.port, "/x"))
@@ -61,7 +61,7 @@ async def test_the_target_is_sent_unchanged(front: Front, namespace: str, rest: 
 
 async def test_request_headers(front: Front, namespace: str) -> None:
     seen: list[Any] = []
-    async with upstream(namespace, answering(OK, seen=seen)) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, answering(OK, seen=seen)) as up, plain_client() as client:
         headers = [
             ("X-A", "1"),
             ("Mcp-Session-Id", "s"),
@@ -90,7 +90,7 @@ async def test_response_headers(front: Front, namespace: str) -> None:
         b"HTTP/1.1 302 Found\r\nSet-Cookie: a=1\r\nLocation: /elsewhere\r\nServer: mine\r\nDate: then\r\n"
         b"Keep-Alive: timeout=5\r\nConnection: X-Hop\r\nX-Hop: 1\r\nSet-Cookie: b=2\r\nContent-Length: 0\r\n\r\n"
     )
-    async with upstream(namespace, answering(response)) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, answering(response)) as up, plain_client() as client:
         answer = await client.get(url(front, up.port))
         assert answer.status_code == 302
         assert answer.headers.raw == [
@@ -119,7 +119,7 @@ async def test_response_headers(front: Front, namespace: str) -> None:
     ],
 )
 async def test_framings(front: Front, namespace: str, response: bytes, status: int, body: bytes) -> None:
-    async with upstream(namespace, answering(response)) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, answering(response)) as up, plain_client() as client:
         for _ in range(3):
             answer = await client.get(url(front, up.port))
             assert (answer.status_code, answer.content) == (status, body)
@@ -128,7 +128,7 @@ async def test_framings(front: Front, namespace: str, response: bytes, status: i
 
 async def test_a_server_that_announces_its_close_is_not_asked_again(front: Front, namespace: str) -> None:
     response = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"
-    async with upstream(namespace, answering(response)) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, answering(response)) as up, plain_client() as client:
         for count in (1, 2):
             assert (await client.get(url(front, up.port))).text == "ok"
             assert up.connections == count
@@ -141,7 +141,7 @@ async def test_a_body_that_ends_with_the_connection(front: Front, namespace: str
         await writer.drain()
         writer.write(b"second")
 
-    async with upstream(namespace, handle) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, handle) as up, plain_client() as client:
         for _ in range(2):
             assert (await client.get(url(front, up.port))).text == "first second"
         assert up.connections == 2
@@ -150,7 +150,7 @@ async def test_a_body_that_ends_with_the_connection(front: Front, namespace: str
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0", "::"])
 async def test_loopback_listeners_are_reached(front: Front, namespace: str, address: str) -> None:
     seen: list[Any] = []
-    async with upstream(namespace, answering(OK, seen=seen), address=address) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, answering(OK, seen=seen), address=address) as up, plain_client() as client:
         assert (await client.get(url(front, up.port))).text == "ok"
         host = "[::1]" if ":" in address else "127.0.0.1"
         assert seen[0][1][0] == ("Host", f"{host}:{up.port}")
@@ -158,7 +158,7 @@ async def test_loopback_listeners_are_reached(front: Front, namespace: str, addr
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "abc", "80a", "", "000080", "%38%30", "+80"])
 async def test_invalid_ports(front: Front, port: str) -> None:
-    async with httpx.AsyncClient() as client:
+    async with plain_client() as client:
         answer = await client.get(url(front, port))
         assert answer.status_code == 400
         assert "port" in answer.json()["error"]
@@ -167,14 +167,14 @@ async def test_invalid_ports(front: Front, port: str) -> None:
 
 @pytest.mark.parametrize("port", [1024, 1025, 1026, 1028])
 async def test_reserved_ports(front: Front, port: int) -> None:
-    async with httpx.AsyncClient() as client:
+    async with plain_client() as client:
         answer = await client.get(url(front, port))
         assert answer.status_code == 403
         assert answer.json()["error"]
 
 
 async def test_nothing_listens(front: Front) -> None:
-    async with httpx.AsyncClient() as client:
+    async with plain_client() as client:
         begin = time.monotonic()
         answer = await client.get(url(front, 9))
         assert 0.9 < time.monotonic() - begin < 5
@@ -187,7 +187,7 @@ async def test_nothing_listens(front: Front) -> None:
 
 async def test_waits_for_a_server_that_comes_up(namespace: str) -> None:
     with Front(Target(namespace), refused_patience_seconds=20) as front:
-        async with httpx.AsyncClient(timeout=30) as client:
+        async with plain_client(timeout=30) as client:
             request = asyncio.create_task(client.post(url(front, 8123), content=b"body"))
             await eventually(lambda: bool(front.target.events.recorded), "the request event before the dial succeeds")
             assert front.target.events.of(IngressRequestEvent)[0].body == "body"
@@ -211,7 +211,7 @@ async def test_the_wait_ends_when_the_client_leaves(namespace: str, body: bytes)
 
 async def test_a_namespace_that_is_gone(namespace: str) -> None:
     with Front(Target("/run/netns/there-is-no-such-namespace")) as front:
-        async with httpx.AsyncClient() as client:
+        async with plain_client() as client:
             begin = time.monotonic()
             answer = await client.get(url(front, 80))
             assert answer.status_code == 502
@@ -222,6 +222,6 @@ async def test_a_namespace_that_is_gone(namespace: str) -> None:
 async def test_the_hosts_loopback_is_never_dialled() -> None:
     """A workload without a namespace of its own must not turn 127.0.0.1 into this host."""
     with Front(Target(None)) as front:
-        async with httpx.AsyncClient() as client:
+        async with plain_client() as client:
             answer = await client.get(url(front, front.port))
             assert answer.status_code == 502

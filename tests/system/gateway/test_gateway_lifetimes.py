@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import pytest
 
 from hiverd.wire.events import IngressChunkEvent, IngressRequestEvent, IngressResponseEvent
@@ -20,6 +19,7 @@ from support.gateway import (
     upstream,
     url,
 )
+from support.plain import plain_client
 
 pytestmark = pytest.mark.system
 
@@ -66,7 +66,7 @@ async def test_server_sent_events_are_flushed(front: Front, namespace: str) -> N
 
     async with (
         upstream(namespace, handle) as up,
-        httpx.AsyncClient() as client,
+        plain_client() as client,
         client.stream("GET", url(front, up.port)) as answer,
     ):
         pieces = answer.aiter_bytes()
@@ -89,7 +89,7 @@ async def test_a_client_that_leaves_ends_the_upstream(front: Front, namespace: s
         finally:
             ended.set()
 
-    async with upstream(namespace, handle) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, handle) as up, plain_client() as client:
         async with client.stream("GET", url(front, up.port)) as answer:
             assert await anext(answer.aiter_bytes()) == b"data: 1\n\n"
         await asyncio.wait_for(ended.wait(), 10)
@@ -123,7 +123,7 @@ async def test_forgetting_a_sandbox_closes_all_its_connections(front: Front, nam
         else:
             await handle(reader, writer)
 
-    async with upstream(namespace, handle) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, handle) as up, plain_client() as client:
         await asyncio.gather(*[client.get(url(front, up.port)) for _ in range(4)])
         hanging = asyncio.create_task(client.get(url(front, up.port, "/hang")))
         await hanging
@@ -134,7 +134,7 @@ async def test_forgetting_a_sandbox_closes_all_its_connections(front: Front, nam
 
 async def test_forgetting_a_sandbox_ends_the_wait_for_its_servers(namespace: str) -> None:
     with Front(Target(namespace), refused_patience_seconds=600) as front:
-        async with httpx.AsyncClient(timeout=20) as client:
+        async with plain_client(timeout=20) as client:
             waiting = asyncio.create_task(client.get(url(front, 9)))
             await eventually(lambda: bool(front.target.events.recorded), "the request event")
             front.call(front.gateway.forget, "sandbox-1")
@@ -143,7 +143,7 @@ async def test_forgetting_a_sandbox_ends_the_wait_for_its_servers(namespace: str
 
 async def test_idle_connections_are_closed(namespace: str) -> None:
     with Front(Target(namespace), idle_seconds=0.3, max_idle_per_sandbox=2) as front:
-        async with upstream(namespace, answering(OK)) as up, httpx.AsyncClient() as client:
+        async with upstream(namespace, answering(OK)) as up, plain_client() as client:
             await asyncio.gather(*[client.get(url(front, up.port)) for _ in range(8)])
             assert front.call(front.gateway.connection_count, "sandbox-1") <= 2
             await eventually(lambda: up.open == 0, "idle connections are closed")
@@ -152,7 +152,7 @@ async def test_idle_connections_are_closed(namespace: str) -> None:
 
 async def test_events_of_an_exchange(front: Front, namespace: str) -> None:
     response = b"HTTP/1.1 201 Made\r\nContent-Type: application/json\r\nX-A: 1\r\nX-A: 2\r\nContent-Length: 2\r\n\r\n{}"
-    async with upstream(namespace, answering(response)) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, answering(response)) as up, plain_client() as client:
         touches = front.target.touches
         await client.post(url(front, up.port, "/p%20q?x=%31"), json={"a": "é"})
         assert front.target.touches == touches + 1
@@ -224,7 +224,7 @@ async def test_a_kept_connection_that_the_server_drops(front: Front, namespace: 
         writer.write(OK)
         await read_request(reader)
 
-    async with upstream(namespace, handle) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, handle) as up, plain_client() as client:
         assert (await client.get(url(front, up.port))).status_code == 200
         answer = await client.request(method, url(front, up.port), content=b"x" if method != "GET" else None)
         assert answer.status_code == status
@@ -237,7 +237,7 @@ async def test_a_kept_connection_that_is_already_closed_costs_no_request(front: 
         await read_request(reader)
         writer.write(OK)
 
-    async with upstream(namespace, handle) as up, httpx.AsyncClient() as client:
+    async with upstream(namespace, handle) as up, plain_client() as client:
         for _ in range(20):
             assert (await client.post(url(front, up.port), content=b"x")).status_code == 200
             await eventually(lambda: up.open == 0, "the server has closed")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import boto3
-import httpx
 import pytest
 from azure.storage.blob import ContainerClient
 
@@ -21,6 +20,7 @@ from support.fake_external import FakeExternal
 from support.fake_gcs import FakeGcs
 from support.fake_graph import FakeGraph
 from support.object_services import AZURITE_ACCOUNT, AZURITE_KEY
+from support.plain import plain_client
 from support.sandboxes import Box, local
 from support.waiting import until_async
 
@@ -92,7 +92,7 @@ async def test_each_is_a_directory_of_one_sandbox(
             await files.open()
             await put(files, "/theirs/in.txt", b"from outside")
         with make_server(environment=environment) as server:
-            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            async with plain_client(base_url=server.url, timeout=60) as client:
                 box = await Box.create(client, "all", fs=[local(), *mounts])
                 for name in entries:
                     assert await box.out(f"cat /{name}/theirs/in.txt") == "from outside", name

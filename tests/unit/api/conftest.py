@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
 import pytest
 import uvicorn
 
@@ -15,13 +14,14 @@ from hiverd.services import Services
 from hiverd.settings import load_settings
 from hiverd.testing.fakes import FakeIsolation
 from hiverd.web import build_asgi
+from support.plain import plain_client
 
 
 class Running:
     def __init__(self, services: Services, base_url: str) -> None:
         self.services = services
         self.base_url = base_url
-        self.client = httpx.AsyncClient(base_url=base_url, timeout=10)
+        self.client = plain_client(base_url=base_url, timeout=10)
 
     @property
     def isolation(self) -> FakeIsolation:

@@ -12,6 +12,7 @@ import pytest
 
 from hiverd.files.access import FileAccess
 from hiverd.wire.events import FsResponseEvent
+from support.plain import plain_client
 from unit.files.rig import FolderSandbox, eventually, serving
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="changes to other users' ids")
@@ -41,7 +42,7 @@ def sandbox(tmp_path: Path) -> FolderSandbox:
 @pytest.fixture
 async def client(sandbox: FolderSandbox) -> AsyncIterator[httpx.AsyncClient]:
     files = FileAccess()
-    async with serving(sandbox, files) as base_url, httpx.AsyncClient(base_url=base_url, timeout=10) as client:
+    async with serving(sandbox, files) as base_url, plain_client(base_url=base_url, timeout=10) as client:
         yield client
         await eventually(lambda: not open_files(sandbox.root))
         sandbox.recorded.events.clear()
