@@ -14,6 +14,7 @@ import pytest
 from support import leaks
 from support.docker import Engine, EngineFailed, SharedEngine
 from support.leaks import marks_of, wait_until_clean
+from support.plain import plain_client
 from support.server import OCI, Backend, Server
 
 MakeServer = Callable[..., Server]
@@ -27,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         choices=[*BACKENDS, "both"],
         default=os.environ.get("HIVER_TEST_BACKEND") or None,
-        help="isolation plug-in for all tests with a server; without it: oci, and docker too where a test is marked so",
+        help="isolation plug-in for all tests with a server; without it: both, and oci where a test is marked so",
     )
 
 
@@ -36,10 +37,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isolated_by" not in metafunc.fixturenames:
         return
     chosen = metafunc.config.getoption("--backend")
-    marker = metafunc.definition.get_closest_marker("both_backends")
-    doubled = marker is not None and marker.args != (False,)
-    names = [chosen] if chosen in BACKENDS else BACKENDS if chosen == "both" or doubled else ["oci"]
+    alone = metafunc.definition.get_closest_marker("oci_alone")
+    if alone is not None and not (len(alone.args) == 1 and isinstance(alone.args[0], str)):
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: oci_alone wants its reason")
+    names = [chosen] if chosen in BACKENDS else ["oci"] if alone is not None and chosen is None else BACKENDS
     metafunc.parametrize("isolated_by", names, indirect=True, scope="session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of a plug-in's tests after each other, as one worker has one server at a time; then those without a server.
+    Of each, those that take longest come first, so that no worker ends with one while the others have nothing to do."""
+    items.sort(key=lambda item: (_place_of(item), item.get_closest_marker("slow") is None))
+
+
+def _place_of(item: pytest.Item) -> int:
+    """Of a test's plug-in among them; behind them without one."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return BACKENDS.index(parameters["isolated_by"]) if "isolated_by" in parameters else len(BACKENDS)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -115,7 +130,7 @@ def _end(server: Server) -> None:
 @pytest.fixture
 async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
     """A plain HTTP client on the server."""
-    async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+    async with plain_client(base_url=server.url, timeout=30) as client:
         yield client
 
 

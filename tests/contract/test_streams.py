@@ -14,7 +14,7 @@ import pytest
 from contract.raw import Frame, Ref, SseReader, create, error_of, stream
 from support.waiting import until_async
 
-pytestmark = [pytest.mark.contract, pytest.mark.both_backends]
+pytestmark = pytest.mark.contract
 
 NewKey = Callable[[], str]
 

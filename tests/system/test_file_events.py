@@ -13,10 +13,11 @@ import httpx
 import pytest
 
 from conftest import MakeServer
+from support.plain import plain_client
 from support.server import Server
 from support.waiting import until_async
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 Pair = tuple[str, str]
 Made = Callable[[], str]
@@ -256,7 +257,7 @@ async def test_what_was_opened_before_and_unnamed_files(agent: Agent) -> None:
 
 @asynccontextmanager
 async def connected(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+    async with plain_client(base_url=server.url, timeout=30) as client:
         yield client
 
 
@@ -295,7 +296,6 @@ for i in range(60_000):
 """
 
 
-@pytest.mark.both_backends(False)  # half a minute, and the same code
 async def test_a_flood_is_bounded_and_not_silent(http: httpx.AsyncClient, new_key: Made) -> None:
     """The server answers meanwhile, and a neighbour's accesses are told as exactly as ever."""
     flooder, neighbour = await Agent.create(http, new_key()), await Agent.create(http, new_key())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 MIB = 1 << 20
 

@@ -11,11 +11,12 @@ import httpx
 import pytest
 
 from conftest import MakeServer
+from support.plain import plain_client
 from support.sandboxes import Box, local, mount_servers
 from support.server import DEFAULT_CONFIG, Server
 from support.waiting import until, until_async
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 RULES = (
     ("/workspace/**", "rw"),
@@ -162,7 +163,7 @@ async def test_an_operators_folder_is_seen_from_both_sides(
     os.chown(folder / "theirs", 1234, 1234)
     server = make_server(config=f'{DEFAULT_CONFIG}\n[files]\norigin_roots = ["{tmp_path}/shared"]\n')
     with server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        async with plain_client(base_url=server.url, timeout=30) as client:
             box = await Box.create(
                 client, "origin", fs=[local("/p", ("/p/**", "rw"), ("/p/no", "deny"), origin=str(folder))]
             )
@@ -192,7 +193,7 @@ async def lasting(make_server: MakeServer) -> AsyncIterator[Server]:
 
 
 async def test_a_killed_server_changes_nothing_for_the_agent(lasting: Server) -> None:
-    async with httpx.AsyncClient(base_url=lasting.url, timeout=30) as client:
+    async with plain_client(base_url=lasting.url, timeout=30) as client:
         box = await Box.create(client, "survivor", fs=[local("/workspace", *RULES)])
         await filled(box)
         await box.out(
@@ -203,7 +204,7 @@ async def test_a_killed_server_changes_nothing_for_the_agent(lasting: Server) ->
         os.kill(lasting.pid, signal.SIGKILL)
     until(lambda: not lasting.running, seconds=10, what="the server's end")
     lasting.start()
-    async with httpx.AsyncClient(base_url=lasting.url, timeout=30) as client:
+    async with plain_client(base_url=lasting.url, timeout=30) as client:
         box = Box(client, box.key, box.base)
         assert mount_servers(box.id) == before
         await box.out("touch /tmp/stop; while [ ! -e /tmp/n ]; do sleep 0.1; done")
@@ -242,7 +243,7 @@ async def test_a_mount_whose_process_dies_is_closed_and_comes_back(
 
 
 async def test_a_dead_mount_is_back_after_a_restart(lasting: Server) -> None:
-    async with httpx.AsyncClient(base_url=lasting.url, timeout=30) as client:
+    async with plain_client(base_url=lasting.url, timeout=30) as client:
         box = await Box.create(client, "both", fs=[local("/workspace", *RULES)])
         await filled(box)
         (pid,) = mount_servers(box.id)
@@ -250,7 +251,7 @@ async def test_a_dead_mount_is_back_after_a_restart(lasting: Server) -> None:
         os.kill(pid, signal.SIGKILL)
     until(lambda: not lasting.running, seconds=10, what="the server's end")
     lasting.start()
-    async with httpx.AsyncClient(base_url=lasting.url, timeout=30) as client:
+    async with plain_client(base_url=lasting.url, timeout=30) as client:
         box = Box(client, box.key, box.base)
         assert await box.out("cat /workspace/open/o") == "open/o"
         await box.fails("cat /workspace/secret/s", "No such file")

@@ -15,11 +15,12 @@ import pytest
 from conftest import MakeServer
 from support.fake_external import FakeExternal
 from support.fake_http import Answer
+from support.plain import plain_client
 from support.sandboxes import Box, local, mount_servers
 from support.server import Server
 from support.waiting import until, until_async
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 SECRET = "hush-7c1f"
 
@@ -196,14 +197,13 @@ def pending_files(data_dir: Path) -> int:
     return count
 
 
-@pytest.mark.both_backends(False)  # half a minute, and the same code
 async def test_a_thousand_dirty_files_survive_the_end_of_everything(
     make_server: MakeServer, service: FakeExternal
 ) -> None:
     """The server and the mount's process are killed while the service refuses; then the sandbox ends as well."""
     server = make_server(ephemeral=False, config="[files]\ndrain_seconds = 1\n")
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
         box = await Box.create(client, "dirty", fs=[remote(service)])
         refuse_uploads(service)
         await box.out(
@@ -229,7 +229,7 @@ async def test_a_thousand_dirty_files_survive_the_end_of_everything(
 async def test_a_killed_server_does_not_interrupt_uploads(make_server: MakeServer, service: FakeExternal) -> None:
     server = make_server(ephemeral=False)
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
         box = await Box.create(client, "alone", fs=[remote(service)])
         await box.out(
             "(while [ ! -e /tmp/stop ]; do n=$((n+1)); echo $n > /remote/n$n; sleep 0.05; done) > /dev/null 2>&1 &"
@@ -239,7 +239,7 @@ async def test_a_killed_server_does_not_interrupt_uploads(make_server: MakeServe
     seen = len(service.files)
     until(lambda: len(service.files) > seen + 20, seconds=20, what="uploads without a server")
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
         box = Box(client, box.key, box.base)
         await box.out("touch /tmp/stop")
         assert await box.out("cat /remote/n1") == "1\n"

@@ -5,32 +5,34 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
 import psutil
 import pytest
 
 from support.leaks import marks_of, traces, wait_until_clean
+from support.plain import plain_client
 from support.server import DEFAULT_CONFIG, Backend, Server, keys_of
 from support.waiting import until
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.both_backends]
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
+MakeServer = Callable[..., Server]
 CYCLES = int(os.environ.get("HIVER_TEST_CHURN_CYCLES", "1000"))
 DOCKER_CYCLES = 60
 """An Engine takes its time for each."""
 AT_A_TIME = 50
 
 
-async def test_cycles_leave_nothing(tmp_path: Path, isolated_by: Backend) -> None:
+async def test_cycles_leave_nothing(make_server: MakeServer, isolated_by: Backend) -> None:
     # Without volumes kept ready: what bears the server's mark is then the server itself.
-    server = Server(tmp_path, ephemeral=True, config=DEFAULT_CONFIG + "[files]\nvolume_warm = 0\n", backend=isolated_by)
+    server = make_server(config=DEFAULT_CONFIG + "[files]\nvolume_warm = 0\n")
     marks = marks_of(server.data_dir)
     server.start()
     process = psutil.Process(server.pid)
     limits = httpx.Limits(max_connections=AT_A_TIME, max_keepalive_connections=AT_A_TIME)
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+    async with plain_client(base_url=server.url, timeout=120, limits=limits) as client:
         await asyncio.gather(*(cycle(client, f"warm-{n}") for n in range(AT_A_TIME)))
         await settled(server)
         traces_before = traces(marks)
@@ -77,14 +79,14 @@ async def settled(server: Server) -> None:
     until(lambda: keys_of(server) == [], seconds=60, what="no sandbox left")
 
 
-async def test_races_of_create_exec_and_shutdown(tmp_path: Path, isolated_by: Backend) -> None:
+async def test_races_of_create_exec_and_shutdown(make_server: MakeServer) -> None:
     """All at once on few keys: every answer is one that the documentation names, and nothing stays."""
-    server = Server(tmp_path, ephemeral=True, backend=isolated_by)
+    server = make_server()
     marks = marks_of(server.data_dir)
     server.start()
     seen: set[int] = set()
 
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
 
         async def worker(number: int) -> None:
             for step in range(8):

@@ -12,10 +12,11 @@ import httpx
 import pytest
 
 from support.leaks import marks_of, wait_until_clean
+from support.plain import plain_client
 from support.server import Backend, Server, keys_of
 from support.waiting import until
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.both_backends]
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 DOCKER_ROUNDS = 4
 ROUNDS = int(os.environ.get("HIVER_TEST_CRASH_ROUNDS", "12"))
@@ -67,14 +68,14 @@ async def test_kill_at_any_moment(tmp_path: Path, isolated_by: Backend) -> None:
     server.start()
     random.seed(20)
     try:
-        async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+        async with plain_client(base_url=server.url, timeout=20) as client:
             entrypoint = ["sh", "-c", "i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.2; done"]
             base = await create(client, "survivor", entrypoint=entrypoint, ttl=600)
             await run(
                 client, base, "sleep 100000 >/dev/null 2>&1 & echo $! > /workspace/pid; echo kept > /workspace/data"
             )
         for number in range(ROUNDS if isolated_by.name == "oci" else min(ROUNDS, DOCKER_ROUNDS)):
-            async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+            async with plain_client(base_url=server.url, timeout=20) as client:
                 before = await event_ids(client, base)
                 load = asyncio.ensure_future(busy(client, base, number))
                 await asyncio.sleep(random.uniform(0.05, 1.2))
@@ -82,7 +83,7 @@ async def test_kill_at_any_moment(tmp_path: Path, isolated_by: Backend) -> None:
                 load.cancel()
                 await asyncio.gather(load, return_exceptions=True)
             server.start()
-            async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+            async with plain_client(base_url=server.url, timeout=20) as client:
                 alive = await run(client, base, "cat /workspace/data; kill -0 $(cat /workspace/pid) && echo alive")
                 assert alive["stdout"] == "kept\nalive\n", alive
                 after = await event_ids(client, base)
@@ -94,7 +95,7 @@ async def test_kill_at_any_moment(tmp_path: Path, isolated_by: Backend) -> None:
                 mounted = (await run(client, base, "cut -d' ' -f2 /proc/mounts"))["stdout"].split()
                 for mount in ("/workspace", "/extra"):
                     assert (mount in mounted) == (mount in [fs["mount"] for fs in config["fs"]]), mount
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with plain_client(base_url=server.url, timeout=60) as client:
             events = (await client.get(f"{base}/events?follow=false")).text
             ticks = [line for line in events.splitlines() if '"stdout":"tick ' in line]
             numbers = [int(json.loads(line[6:])["stdout"].split()[1]) for line in ticks]
@@ -119,12 +120,11 @@ async def wait_for_only(client: httpx.AsyncClient, key: str) -> None:
             await client.delete(f"/sandbox/{entry['id']}/v1/{entry['key']}")
 
 
-@pytest.mark.both_backends(False)  # nothing of it depends on isolation
 async def test_a_ttl_counts_on_while_no_server_runs(tmp_path: Path, isolated_by: Backend) -> None:
     server = Server(tmp_path, ephemeral=False, backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+    async with plain_client(base_url=server.url, timeout=20) as client:
         await create(client, "k", ttl=3)
     server.kill()
     await asyncio.sleep(3.5)  # the time itself is what is tested

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
 import pytest
 
 from support.leaks import marks_of, wait_until_clean
-from support.server import DEFAULT_CONFIG, Backend, Server
+from support.plain import plain_client
+from support.server import DEFAULT_CONFIG, Server
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.both_backends]
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 HOGS = {
     "fork-bomb": "bomb() { bomb | bomb & }; bomb; sleep 60",
@@ -34,11 +35,11 @@ async def typical_ms(client: httpx.AsyncClient, base: str) -> float:
 
 
 @pytest.mark.parametrize("hog", HOGS)
-async def test_a_hog_hurts_only_itself(tmp_path: Path, isolated_by: Backend, hog: str) -> None:
-    server = Server(tmp_path, config=DEFAULT_CONFIG + "[sandbox]\ndisk_mib = 256\n", backend=isolated_by)
+async def test_a_hog_hurts_only_itself(make_server: Callable[..., Server], hog: str) -> None:
+    server = make_server(config=DEFAULT_CONFIG + "[sandbox]\ndisk_mib = 256\n")
     marks = marks_of(server.data_dir)
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
         bases = {}
         for key in ("hog", "neighbour"):
             answer = await client.post(f"/v1/sandboxes/{key}", json={"memory": 256})

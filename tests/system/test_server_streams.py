@@ -12,6 +12,7 @@ import pytest
 
 from support.leaks import marks_of, wait_until_clean
 from support.memory import GROWTH_BYTES, MIB, Peak
+from support.plain import plain_client
 from support.server import Backend, Server
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -25,7 +26,7 @@ async def sandbox(tmp_path: Path, isolated_by: Backend) -> AsyncIterator[tuple[S
     server = Server(tmp_path, backend=isolated_by)
     marks = marks_of(server.data_dir)
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+    async with plain_client(base_url=server.url, timeout=600) as client:
         answer = await client.post("/v1/sandboxes/k", json={})
         yield server, client, f"/sandbox/{answer.json()['id']}/v1/k"
     assert server.stop() == 0

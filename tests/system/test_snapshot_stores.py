@@ -27,6 +27,7 @@ from hiverd.wire.config import decode_config
 from support import object_services
 from support.clients import Driver, version_tuple
 from support.fake_gcs import FakeGcs
+from support.plain import plain_client
 from support.server import Server
 from support.snapshot_stores import (
     BackendMountHarness,
@@ -242,7 +243,7 @@ async def test_sandboxes_come_back_from_a_service(
     if where == "mount":
         files["mount"] = "/data"
         mounts = {"fs": [{**s3_mount(bucket, moto_port), "internal": True}]}
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+    async with plain_client(base_url=server.url, timeout=120) as http:
         await run(http, "one", "mkdir -p /root/d; echo kept > /root/d/f", {"files": files}, **mounts)
         names = [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket).get("Contents", [])]
         assert names, server.log_tail()
@@ -257,7 +258,6 @@ async def test_sandboxes_come_back_from_a_service(
         assert secret not in server.log_path.read_text()
 
 
-@pytest.mark.both_backends
 @pytest.mark.parametrize("where", ["local", "remote"])
 def test_published_clients_of_both_forms_come_back(
     make_server: Callable[..., Server], client: Any, bucket: str, moto_port: int, where: str

@@ -15,10 +15,11 @@ import httpx
 import pytest
 
 from conftest import MakeServer
+from support.plain import plain_client
 from support.sandboxes import Box, local
 from support.waiting import until, until_async
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 
 def new_snapshot() -> str:
@@ -177,11 +178,11 @@ async def test_ephemeral_servers_capture_what_they_remove(make_server: MakeServe
     key = new_snapshot()
     files = {"key": key, "include": ["/workspace/**"], "write_on_shutdown": True}
     with server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+        async with plain_client(base_url=server.url, timeout=30) as http:
             box = await Box.create(http, "one", snapshot={"files": files})
             await box.out("echo kept > /workspace/f")
     with server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+        async with plain_client(base_url=server.url, timeout=30) as http:
             box = await Box.create(http, "two", snapshot={"files": {"key": key}})
             assert await box.out("cat /workspace/f") == "kept\n"
 
@@ -203,7 +204,7 @@ async def test_rules_of_mounts_hold_for_snapshots(http: httpx.AsyncClient, new_k
 async def test_a_server_that_dies_in_the_middle_leaves_nothing_paused(make_server: MakeServer) -> None:
     server = make_server(ephemeral=False)
     server.start()
-    async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+    async with plain_client(base_url=server.url, timeout=30) as http:
         box = await Box.create(http, "paused")
         freezer = await freezer_of(box)
         freezer("FROZEN")
@@ -310,7 +311,7 @@ async def test_a_damaged_snapshot_is_a_fresh_start_and_told(make_server: MakeSer
     server = make_server()
     key = new_snapshot()
     with server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
+        async with plain_client(base_url=server.url, timeout=30) as http:
             box = await Box.create(http, "one")
             await box.out("echo kept > /root/kept")
             await capture(box, key)
@@ -335,7 +336,7 @@ async def test_what_does_not_fit_is_not_there_by_half(make_server: MakeServer) -
             member.size = 500 << 20
             tar.addfile(member, Zeros())  # type: ignore[arg-type]
     with server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=100) as http:
+        async with plain_client(base_url=server.url, timeout=100) as http:
             key = new_snapshot()
             answer = await http.put(f"/v1/snapshots/{key}/archive", content=out.getvalue())
             assert answer.status_code == 201, answer.text
@@ -358,7 +359,7 @@ async def test_a_remote_store_round_trips(make_server: MakeServer, tmp_path: Pat
     key = new_snapshot()
     files = {"key": key, "include": ["/workspace/**"], "write_on_shutdown": True}
     with server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+        async with plain_client(base_url=server.url, timeout=60) as http:
             for count in (1, 2):
                 box = await Box.create(http, "box", snapshot={"files": files})
                 assert await box.out("echo x >> /workspace/f; wc -l < /workspace/f") == f"{count}\n"

@@ -14,13 +14,14 @@ import httpx
 import pytest
 
 from conftest import MakeServer
+from support.plain import plain_client
 from support.server import Server, ServerFailed
 from support.upstreams import HttpUpstream, lead
 from support.waiting import until, until_async
 from system.egress.attacks import denials, others, packet, run_attacks
 from system.egress.conftest import Inside
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 AT_ONCE = """
 import socket, time
@@ -54,7 +55,7 @@ async def test_the_first_instruction_meets_the_gate(sandboxes: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def client_of(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with plain_client(base_url=server.url, timeout=60) as client:
         yield client
 
 

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 import pytest
 
 from support.leaks import marks_of, wait_until_clean
+from support.plain import plain_client
 from support.server import Backend, Server
 from support.upstreams import HttpUpstream
 from system.egress.attacks import denials, others, run_attacks
@@ -141,8 +141,8 @@ class OwnHosts(Server):
 
 
 @pytest.fixture(scope="module")
-def own_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnHosts]:
-    server = OwnHosts(tmp_path_factory.mktemp("hosts"), arguments=["--host", "0.0.0.0"])
+def own_hosts(tmp_path_factory: pytest.TempPathFactory, isolated_by: Backend) -> Iterator[OwnHosts]:
+    server = OwnHosts(tmp_path_factory.mktemp("hosts"), arguments=["--host", "0.0.0.0"], backend=isolated_by)
     server.folder.mkdir(exist_ok=True)
     server.hosts.write_text("127.0.0.1 localhost\n::1 localhost ip6-localhost\n")
     with server:
@@ -153,7 +153,7 @@ def own_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnHosts]:
 @pytest.fixture
 async def wide_open(own_hosts: OwnHosts) -> AsyncIterator[Inside]:
     """A sandbox that may reach every host by a wildcard, and no host by name."""
-    async with httpx.AsyncClient(base_url=own_hosts.url, timeout=60) as client:
+    async with plain_client(base_url=own_hosts.url, timeout=60) as client:
         answer = await client.post("/v1/sandboxes/wide-open", json={"egress": [{"access": "allow", "host": "*"}]})
         sandbox = Inside(client, answer.json()["id"], "wide-open")
         yield sandbox
@@ -255,7 +255,7 @@ async def test_a_port_that_the_kernel_chose_is_guarded_as_well(tmp_path: Path, i
     try:
         ready = next(line for line in server.log_tail().splitlines() if "is ready on" in line)
         server.port = int(ready.rpartition(":")[2])
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with plain_client(base_url=server.url, timeout=60) as client:
             answer = await client.post("/v1/sandboxes/chosen", json={"egress": [{"access": "allow", "host": "*"}]})
             sandbox = Inside(client, answer.json()["id"], "chosen")
             outcomes = await ask_for(sandbox, [(address, server.port) for address in own_addresses()])

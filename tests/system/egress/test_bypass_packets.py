@@ -8,7 +8,7 @@ import pytest
 
 from system.egress.attacks import denials, others, packet, run_attacks
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 ALLOW_ALL = [{"access": "allow", "host": "*"}]
 REFUSED = {"EPERM", "EACCES", "EHOSTUNREACH", "ECONNREFUSED", "ECONNRESET"}

@@ -13,7 +13,7 @@ from support.clients import CLIENTS, install_inside
 from support.registries import bare_repository, git_server
 from support.upstreams import Authority, HttpUpstream, lead
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 TOOLS = "/tools"
 PYTHON = {"PYTHONPATH": TOOLS, "PYTHONDONTWRITEBYTECODE": "1"}
