@@ -341,7 +341,7 @@ async def test_a_wait_keeps_the_deadline_that_it_began_with(make_rig: Any) -> No
     assert (await agent.answer()).status == 403
     assert 0.5 < time.monotonic() - began < 5
     assert rig.summary() == ["denied GET api.test/", "1: 403"]
-    assert rig.responses[0].duration_ms >= 600
+    assert rig.responses[0].duration_ms >= 500  # the loop's clock stands still during a turn, which load makes longer
 
 
 @pytest.mark.parametrize("how", ["leave", "reset"])
