@@ -38,8 +38,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     chosen = metafunc.config.getoption("--backend")
     alone = metafunc.definition.get_closest_marker("oci_alone")
-    if alone is not None and not (len(alone.args) == 1 and isinstance(alone.args[0], str)):
-        raise pytest.UsageError(f"{metafunc.definition.nodeid}: oci_alone wants its reason")
     names = [chosen] if chosen in BACKENDS else ["oci"] if alone is not None and chosen is None else BACKENDS
     metafunc.parametrize("isolated_by", names, indirect=True, scope="session")
 
@@ -48,6 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All of a plug-in's tests after each other, as one worker has one server at a time; then those without a server.
     Of each, those that take longest come first, so that no worker ends with one while the others have nothing to do."""
+    for item in items:
+        if any(not marker.args for marker in item.iter_markers("oci_alone")):
+            raise pytest.UsageError(f"{item.nodeid}: oci_alone wants its reason")
     items.sort(key=lambda item: (_place_of(item), item.get_closest_marker("slow") is None))
 
 
