@@ -8,7 +8,7 @@ import pytest
 
 from support.upstreams import HttpUpstream, SocketUpstream
 
-pytestmark = [pytest.mark.system, pytest.mark.both_backends]
+pytestmark = pytest.mark.system
 
 DOCKERS_NAME: Final = "host.docker.internal"
 ALLOWED: Final = {"access": "allow", "host": DOCKERS_NAME}
