@@ -101,6 +101,17 @@ class Server:
             raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
         return answer
 
+    def fork_snapshot(self, key: str, version: str | None, target: str) -> dict[str, Any]:
+        """Copies a snapshot to another key; answers as `import_snapshot` does."""
+        body = json.dumps({"to": target}).encode()
+        with self._request("POST", _snapshot_path(key, "/fork", version), body) as response:
+            answer = json.loads(response.read())
+        if isinstance(answer, dict) and "error" in answer:  # after a second the status is sent, and then it fails
+            raise CallError(str(answer["error"]))
+        if not isinstance(answer, dict) or "version" not in answer:
+            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+        return answer
+
     def exec_stream(self, key: str, exec_id: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Frames of a command's output, the last one of type `exit`."""
         return self._stream("POST", self._path(key, f"/exec-stream/{exec_id}"), json.dumps(body).encode())

@@ -20,10 +20,10 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON 
 
 @click.group(
     epilog="\b\nExamples:\n  hiver snapshots ls\n  hiver snapshots export demo demo.tar.zst\n"
-    "  hiver snapshots import demo-2 demo.tar.zst\n  hiver snapshots rm demo"
+    "  hiver snapshots import demo-2 demo.tar.zst\n  hiver snapshots fork demo demo-3\n  hiver snapshots rm demo"
 )
 def snapshots() -> None:
-    """List, show, remove, export and import snapshots."""
+    """List, show, remove, export, import and copy snapshots."""
 
 
 @snapshots.command("ls")
@@ -125,4 +125,16 @@ def import_archive(server_url: str, key: str, file: Path) -> None:
             end(f"cannot read {file}: {error.strerror}", EXIT_FAILED)
         with nullcontext(source) if str(file) == "-" else source as content:
             stored = server_at(server_url).import_snapshot(key, cast("BinaryIO", content))
+    click.echo(stored["version"])
+
+
+@snapshots.command()
+@server_option
+@_version_option
+@click.argument("key")
+@click.argument("new_key")
+def fork(server_url: str, version: str | None, key: str, new_key: str) -> None:
+    """Copy the snapshot KEY to NEW_KEY, as its newest version: a sandbox that names that key starts from it."""
+    with reported():
+        stored = server_at(server_url).fork_snapshot(key, version, new_key)
     click.echo(stored["version"])

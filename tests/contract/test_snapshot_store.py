@@ -150,12 +150,17 @@ def test_the_command_line(server: Server, key: str, tmp_path: Path) -> None:
     assert out.read_bytes() == data
     assert out.stat().st_mode & 0o777 == 0o600
     assert hiver(server, "export", key, "-").stdout == archive()
+    copy = hiver(server, "fork", "--version", first.stdout.decode().strip(), key, f"{key}-2")
+    assert copy.returncode == 0, copy.stderr
+    assert copy.stdout.decode().strip() in hiver(server, "show", f"{key}-2").stdout.decode()
+    assert hiver(server, "export", f"{key}-2", "-").stdout == data
     assert hiver(server, "rm", key).stdout.decode() == f"{key}\n"
     missing = hiver(server, "export", key, str(tmp_path / "none"))
     assert (missing.returncode, sorted(path.name for path in tmp_path.iterdir())) == (1, ["in.tar.gz", "out.tar.gz"])
     assert key.encode() in missing.stderr
     assert b"Traceback" not in missing.stderr
-    for failing in (("import", key, "/no/such/file"), ("import", key, "/dev/null"), ("show", key), ("rm", key)):
+    wrong = [("import", key, "/no/such/file"), ("import", key, "/dev/null"), ("show", key), ("rm", key)]
+    for failing in [*wrong, ("fork", key, f"{key}-3"), ("fork", f"{key}-2", "a/b")]:
         failed = hiver(server, *failing)
         assert (failed.returncode, failed.stdout) == (1, b"")
         assert failed.stderr.startswith(b"hiver: ")
