@@ -31,6 +31,9 @@ from .inotify import Inotify
 _PACKET_BYTES: Final = 4096
 _LOOK_AGAIN_SECONDS: Final = 5.0
 _FIFO_SECONDS: Final = 1.0
+_HANDED_ON_SECONDS: Final = 0.05
+"""conmon passes a size on to itself through a second pipe, of which nobody learns when it was read, and there too would
+heed only the first of two."""
 
 
 class EntryTerminal(Terminal):
@@ -75,7 +78,9 @@ class EntryTerminal(Terminal):
         with contextlib.suppress(OSError):
             descriptor = os.open(self._monitor.control_fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                for size in sizes:
+                for number, size in enumerate(sizes):
+                    if number:
+                        await asyncio.sleep(_HANDED_ON_SECONDS)
                     os.write(descriptor, b"1 %d %d\n" % size)
                     await _until_read(descriptor)
             finally:
