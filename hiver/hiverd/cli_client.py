@@ -56,7 +56,7 @@ class Server:
         if not isinstance(answer, list) or not all(
             isinstance(ref, dict) and {"id", "key"} <= ref.keys() for ref in answer
         ):
-            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+            raise self._no_server()
         return answer
 
     def delete(self, key: str) -> None:
@@ -67,14 +67,14 @@ class Server:
         """All snapshots as `{"key", "versions": [{"version", "bytes", "created_at", "sha256"?}]}`."""
         answer = self._call("GET", "/v1/snapshots")
         if not isinstance(answer, list):
-            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+            raise self._no_server()
         return answer
 
     def snapshot(self, key: str) -> dict[str, Any]:
         """One of them."""
         answer = self._call("GET", _snapshot_path(key))
         if not isinstance(answer, dict):
-            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+            raise self._no_server()
         return answer
 
     def delete_snapshot(self, key: str, version: str | None) -> None:
@@ -98,7 +98,7 @@ class Server:
         with self._request("PUT", _snapshot_path(key, "/archive"), pieces) as response:
             answer = json.loads(response.read())
         if not isinstance(answer, dict) or "version" not in answer:
-            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+            raise self._no_server()
         return answer
 
     def fork_snapshot(self, key: str, version: str | None, target: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Server:
         if isinstance(answer, dict) and "error" in answer:  # after a second the status is sent, and then it fails
             raise CallError(str(answer["error"]))
         if not isinstance(answer, dict) or "version" not in answer:
-            raise CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
+            raise self._no_server()
         return answer
 
     def exec_stream(self, key: str, exec_id: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -120,6 +120,9 @@ class Server:
         """Events with ids above `after`, then live ones if `follow`."""
         query = f"?follow={'true' if follow else 'false'}" + ("" if after is None else f"&lastEventId={after}")
         return self._stream("GET", self._path(key, f"/events{query}"), None)
+
+    def _no_server(self) -> CallError:
+        return CallError(f"what answers at {self._url} is no Hiver server", EXIT_UNREACHABLE)
 
     def _path(self, key: str, rest: str = "") -> str:
         ref = next((ref for ref in self.sandboxes() if ref["key"] == key), None)
