@@ -18,9 +18,9 @@ import pytest
 from hiver_backends.linux import bundle
 from hiverd.testing.isolation import IsolationSuite
 from hiverd.testing.isolation_harness import run
-from support import leaks
-from support.docker_api import IMAGE, EngineFailed
+from support.docker_api import IMAGE
 from support.docker_podman import Podman
+from support.engines import running_or_skipped
 from support.leaks import marks_of, wait_until_clean
 from support.sandboxes import Box
 from support.server import DEFAULT_CONFIG, HIVER, Backend, Server, ServerFailed, clean_environment, keys_of
@@ -35,15 +35,8 @@ STATUS: Final = "grep -E '^(CapBnd|CapEff|Seccomp|NoNewPrivs):' /proc/self/statu
 
 @pytest.fixture(scope="module")
 def podman() -> Iterator[Podman]:
-    podman = Podman(str(os.getpid()))
-    try:
-        podman.start()
-    except EngineFailed as error:
-        pytest.skip(f"docker cannot be tested here: {error}")
-    leaks.engines.append(podman)
-    yield podman
-    leaks.engines.remove(podman)
-    podman.stop()
+    with running_or_skipped(Podman(str(os.getpid()))) as podman:
+        yield podman
 
 
 def _server(folder: Path, podman: Podman, more: str = "", **options: Any) -> Server:

@@ -7,18 +7,15 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from hiver_backends.docker.guarantees import ACCEPTABLE, MEANINGS
-from support import leaks
 from support.docker import Engine
-from support.docker_api import EngineFailed, OwnEngine
 from support.docker_rootless import USER_ID, RootlessDocker, RootlessEngine, RootlessPodman
+from support.engines import running_or_skipped
 from support.leaks import marks_of, wait_until_clean
 from support.server import DEFAULT_CONFIG, HIVER, Backend, Server, ServerFailed, clean_environment, free_port
 
@@ -26,20 +23,6 @@ pytestmark = pytest.mark.system
 
 CONSENT: Final = f"accept = {json.dumps(ACCEPTABLE)}\n"
 OUTSIDE: Final = ("egress", "governed-mounts", "mount-changes", "file-events")
-
-
-@contextmanager
-def _running(engine: Engine | RootlessEngine) -> Iterator[OwnEngine]:
-    try:
-        engine.start()
-    except EngineFailed as error:
-        pytest.skip(f"docker cannot be tested here: {error}")
-    leaks.engines.append(engine)
-    try:
-        yield engine
-    finally:
-        leaks.engines.remove(engine)
-        engine.stop()
 
 
 def _refusal(folder: Path, host: str, finding: str) -> str:
@@ -61,7 +44,7 @@ def _refusal(folder: Path, host: str, finding: str) -> str:
 
 @pytest.mark.parametrize("kind", [RootlessDocker, RootlessPodman])
 def test_an_engine_without_root(tmp_path: Path, kind: type[RootlessEngine]) -> None:
-    with _running(kind(str(os.getpid()))) as engine:
+    with running_or_skipped(kind(str(os.getpid()))) as engine:
         refusal = _refusal(tmp_path, engine.host, "rootless engine")
         assert f"the engine runs as user {USER_ID}" in refusal
         for name in OUTSIDE:
@@ -71,7 +54,7 @@ def test_an_engine_without_root(tmp_path: Path, kind: type[RootlessEngine]) -> N
 
 def test_an_engine_over_tcp_though_it_is_here(tmp_path: Path) -> None:
     port = free_port()
-    with _running(Engine(f"tcp-{os.getpid()}", tcp_port=port)) as engine:
+    with running_or_skipped(Engine(f"tcp-{os.getpid()}", tcp_port=port)) as engine:
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
             assert b"OK" in connection.recv(4096)

@@ -14,8 +14,8 @@ from hiverd.contracts.isolation import Isolation, Workload
 from hiverd.testing.isolation_harness import run
 from hiverd.testing.isolation_host import HostSuite
 from hiverd.testing.isolation_life import joined, read_log, shell
-from support import leaks
-from support.docker import FIRST_MAPPED_ID, IMAGE, Engine, EngineFailed
+from support.docker import FIRST_MAPPED_ID, IMAGE, Engine
+from support.engines import running_or_skipped
 from system.docker_support import DockerHarness, needs_docker
 
 pytestmark = [pytest.mark.system, needs_docker]
@@ -25,15 +25,8 @@ OWNERS: Final = "id -u; stat -c %u:%g /bin/busybox .; echo by name > /dev/stdout
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine(f"remap-{os.getpid()}", userns_remap=True)
-    try:
-        engine.start()
-    except EngineFailed as error:
-        pytest.skip(f"docker cannot be tested here: {error}")
-    leaks.engines.append(engine)
-    yield engine
-    leaks.engines.remove(engine)
-    engine.stop()
+    with running_or_skipped(Engine(f"remap-{os.getpid()}", userns_remap=True)) as engine:
+        yield engine
 
 
 @pytest.fixture
